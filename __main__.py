@@ -1,0 +1,189 @@
+"""The command line: `trainmaster run | master | worker | check | graph FILE`.
+
+Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was started; 128 + n stopped by
+signal n (130 for Ctrl-C, 143 for SIGTERM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from .api.errors import ConfigError, ModelError, RemoteError, TrainmasterError
+from .api.experiment_file import LoadedExperiment, read_experiment_file
+
+_OVERRIDES = "every field of the experiment can be set: --model.layout.pp 2; `trainmaster check FILE --help` lists them"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `trainmaster` command."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    command: Callable[[argparse.Namespace, list[str]], int] = options.handler
+    try:
+        code = command(options, overrides)
+    except TrainmasterError as error:
+        code = _report(error)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainmaster",
+        description="Post-trains language models with a master and model workers.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, handler: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
+        # -h belongs to the experiment's own fields, which tyro explains
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=_OVERRIDES, allow_abbrev=False, add_help=name == "worker"
+        )
+        command.add_argument("file", type=Path, metavar="FILE", help="a Python file that assigns `experiment`")
+        command.set_defaults(handler=handler)
+        return command
+
+    add("run", _run, "start a master and its workers on this machine, and follow them")
+    master = add("master", _master, "start the master alone; workers come by `trainmaster worker`")
+    master.add_argument("--bind", required=True, metavar="ADDRESS", help="tcp://HOST:PORT or ipc://PATH")
+    master.add_argument(
+        "--insecure-plain-tcp",
+        action="store_true",
+        help="bind an address that other machines reach, without encryption",
+    )
+    worker = add("worker", _worker, "start one worker")
+    worker.add_argument("--master", required=True, metavar="ADDRESS", help="where the master is bound")
+    worker.add_argument("--advertise", metavar="HOST", help="this machine's address for other workers")
+    for service in (master, worker):
+        service.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # started by `trainmaster run`
+    add("check", _check, "check an experiment and its files; start nothing")
+    add("graph", _graph, "print an experiment's models and dataflow graph")
+    return parser
+
+
+def _load(options: argparse.Namespace, overrides: list[str], command: str) -> LoadedExperiment:
+    return read_experiment_file(options.file).resolve(overrides, prog=f"trainmaster {command} {options.file}")
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .system.launchers.local import LocalRun
+    from .system.preflight import check_files
+
+    loaded = _load(options, overrides, "run")
+    check_files(loaded.compiled)
+    with _claimed(loaded.compiled.run.path) as directory:
+        run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory)
+        code = asyncio.run(run.follow())
+        if code == ConfigError.exit_code:
+            _discard(directory)
+    return code
+
+
+def _master(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .system.master import Interrupted, run_master
+    from .system.preflight import check_files
+    from .system.service.addresses import check_address, is_local
+    from .system.service.logs import log_to_stderr
+    from .system.service.parent import end_with_parent
+
+    log_to_stderr(logging.ERROR if options.child else logging.WARNING)
+    check_address("--bind", options.bind)
+    if not is_local(options.bind) and not options.insecure_plain_tcp:
+        raise ConfigError(
+            "--bind",
+            options.bind,
+            "other machines reach this address, and the connection is neither encrypted nor authenticated",
+            "bind a loopback or ipc address, or accept the risk with --insecure-plain-tcp",
+        )
+    loaded = _load(options, overrides, "master")
+    path = loaded.compiled.run.path
+    if options.child:
+        end_with_parent()
+    else:
+        check_files(loaded.compiled)
+    try:
+        with contextlib.nullcontext() if options.child else _claimed(path):
+            asyncio.run(run_master(loaded, options.bind))
+    except Interrupted as stopped:
+        sys.stderr.write(f"{stopped}; checkpoints so far are in {path / 'checkpoints'}\n")
+        return 128 + stopped.number
+    except TrainmasterError as error:
+        return _report(error, logs=path / "logs")
+    return 0
+
+
+def _worker(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .system.service.addresses import check_address
+    from .system.service.logs import log_to_stderr
+    from .system.service.parent import end_with_parent
+
+    if overrides:
+        raise ConfigError(
+            "trainmaster worker", " ".join(overrides), "a worker takes its overrides from the master", "leave them out"
+        )
+    check_address("--master", options.master)
+    log_to_stderr()
+    if options.child:
+        end_with_parent()
+    from .workers.service import serve
+
+    serve(read_experiment_file(options.file), options.master, options.advertise)
+    return 0
+
+
+def _check(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .system.preflight import check_files, check_run_directory
+
+    loaded = _load(options, overrides, "check")
+    check_files(loaded.compiled)
+    check_run_directory(loaded.compiled.run.path)
+    print(f"{options.file}: {type(loaded.experiment).__name__} on {loaded.compiled.num_workers} workers: ready to run")
+    return 0
+
+
+def _graph(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .system.describe import describe
+
+    print(describe(_load(options, overrides, "graph").compiled))
+    return 0
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """Owns the run directory; a run that never began leaves none behind."""
+    from .system.preflight import claim_run_directory
+
+    claim_run_directory(path)
+    try:
+        yield path
+    except (ConfigError, ModelError):
+        _discard(path)
+        raise
+
+
+def _discard(directory: Path) -> None:
+    if not (directory / "checkpoints").exists():
+        shutil.rmtree(directory)
+
+
+def _report(error: TrainmasterError, logs: Path | None = None) -> int:
+    """Tells a person what went wrong; returns the exit code."""
+    if isinstance(error, RemoteError):
+        sys.stderr.write(error.remote_traceback.rstrip() + "\n")
+    sys.stderr.write(f"error: {error}\n")
+    if logs is not None and error.exit_code != ConfigError.exit_code:
+        sys.stderr.write(f"logs: {logs}\n")
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a user writes, and what master and workers agree on. Torch-free at import."""

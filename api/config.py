@@ -1,0 +1,188 @@
+"""The configuration records that experiments are made of: what a user writes, checked when it is written.
+
+A record checks what it can know by itself (types, ranges, its own fields against each other). Experiments check their
+records against each other; `system.preflight` checks them against the disk. Nothing here reads a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from .errors import ConfigError
+from .record import record
+
+
+@record
+class Layout:
+    """How one replica set of a model is cut over workers: `dp * pp * tp * sp` workers, one shard each.
+
+    Ranks count up fastest along tp, then sp, then pp, then dp.
+    """
+
+    dp: PositiveInt = 1
+    """Data parallel: the number of whole copies of the model; each takes a share of every minibatch."""
+    pp: PositiveInt = 1
+    """Pipeline parallel: the number of stages that the layers are cut into."""
+    tp: PositiveInt = 1
+    """Tensor parallel: the number of workers that share each layer. This version runs 1 only."""
+    sp: PositiveInt = 1
+    """Sequence parallel: the number of workers that share each sequence. This version runs 1 only."""
+
+    def __post_init__(self) -> None:
+        for axis, size in (("tp", self.tp), ("sp", self.sp)):
+            if size != 1:
+                raise ConfigError(
+                    f"Layout.{axis}", size, "this version runs 1 only", "set it to 1 and spread the model by pp and dp"
+                )
+
+    @property
+    def num_workers(self) -> int:
+        return self.dp * self.pp * self.tp * self.sp
+
+
+@record
+class Model:
+    """A decoder-only causal language model of Hugging Face's, and how it is laid out.
+
+    Exactly one of `path` and `config` is given.
+    """
+
+    path: Path | None = None
+    """A Hugging Face directory: config.json, safetensors, and the tokenizer unless `tokenizer` names another."""
+    config: dict[str, Any] = field(default_factory=dict)  # Any: the values are transformers' own, one set a model type
+    """Fields of a transformers config, `model_type` among them: the model starts from random weights."""
+    tokenizer: Path | None = None
+    """A directory with the tokenizer; by default `path`."""
+    layout: Layout = field(default_factory=Layout)
+    """How the model is cut over workers."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (not self.config):
+            raise ConfigError(
+                "Model.path",
+                None if self.path is None else str(self.path),
+                "exactly one of `path` (a Hugging Face directory) and `config` (random weights) must be given",
+                "give one and remove the other",
+            )
+        if self.config and "model_type" not in self.config:
+            raise ConfigError(
+                "Model.config", sorted(self.config), "must name a `model_type`", 'add for example "model_type": "qwen2"'
+            )
+        if self.config and self.tokenizer is None:
+            raise ConfigError(
+                "Model.tokenizer", None, "a model from a config brings no tokenizer", "name its directory"
+            )
+
+    @property
+    def tokenizer_path(self) -> Path:
+        path = self.tokenizer or self.path
+        assert path is not None, "checked at construction"
+        return path
+
+
+@record
+class Optimizer:
+    """AdamW (arXiv 1711.05101) with linear warmup to a constant rate and clipping by the global gradient norm."""
+
+    learning_rate: PositiveFloat = 1e-5
+    """The rate after the warmup."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the rate rises linearly: step i of n uses `learning_rate * i / n`, i from 1."""
+    beta1: NonNegativeFloat = 0.9
+    """Decay of the running mean of gradients."""
+    beta2: NonNegativeFloat = 0.95
+    """Decay of the running mean of squared gradients."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, on matrices only (no norms, no biases)."""
+    max_gradient_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this L2 norm, taken over all stages; None leaves them alone."""
+
+    def __post_init__(self) -> None:
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if beta >= 1:
+                raise ConfigError(f"Optimizer.{name}", beta, "must be below 1", "use a value such as 0.9 or 0.95")
+
+
+@record
+class Dataset:
+    """Training data: a JSON Lines file, one object a line.
+
+    A row is either a prompt and an answer (fields `prompt` and `answer`), or a chat (field `messages`, a list of
+    `{"role": ..., "content": ...}`, rendered by the tokenizer's chat template). Loss is taken on the answer and its
+    end-of-sequence token, or on the assistant's turns.
+    """
+
+    path: Path
+    """The JSON Lines file."""
+    prompt: str = "prompt"
+    """The name of the prompt's field."""
+    answer: str = "answer"
+    """The name of the answer's field."""
+    messages: str | None = None
+    """The name of the chat's field; given, rows are chats and `prompt` and `answer` are not read."""
+    separator: str = ""
+    """Text between prompt and answer, part of the prompt: no loss is taken on it."""
+    shuffle: bool = True
+    """Draw a new order for each pass, from the run's seed; False keeps the file's order."""
+
+
+@record
+class Deadlines:
+    """How long the master waits, by what it waits for, in seconds. A wait that takes longer ends the run by name."""
+
+    register_s: PositiveFloat = 300.0
+    """For all workers to register, from the master's start."""
+    setup_s: PositiveFloat = 600.0
+    """For a worker to form its groups, to load its model, or to open a dataset."""
+    call_s: PositiveFloat = 3600.0
+    """For one call on one worker, its hooks included."""
+    silence_s: PositiveFloat = 10.0
+    """For a sign of life from a worker (it sends one each second, while it computes too), or from the master."""
+
+
+@record
+class RunOptions:
+    """What holds for a run as a whole."""
+
+    name: str = "run"
+    """The run's name: its directory is `directory/name`, and must not exist yet."""
+    directory: Path = Path("runs")
+    """Where run directories are made."""
+    seed: NonNegativeInt = 0
+    """Seeds the initial weights, the order of the data and every other draw."""
+    steps: PositiveInt | None = None
+    """The number of steps (graph traversals). At most one of `steps` and `passes` is given; neither means one pass."""
+    passes: PositiveFloat | None = None
+    """The number of passes over the data; a last batch that would be incomplete is left out."""
+    save_every: PositiveInt | None = None
+    """Steps between checkpoints. The last step is always saved."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations. With an evaluation dataset, the first and the last step are always evaluated."""
+    workers: PositiveInt | None = None
+    """The number of workers; by default what the layouts ask for, and it must agree with them."""
+    threads: PositiveInt | None = None
+    """Intra-op threads of each worker; by default this machine's cores divided by its workers, at least one."""
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    """How long to wait for what."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.passes is not None:
+            raise ConfigError(
+                "RunOptions.passes",
+                self.passes,
+                f"`steps` is given too ({self.steps})",
+                "give one and set the other to None",
+            )
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigError("RunOptions.name", self.name, "must be a plain folder name", "take the slashes out")
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory / self.name

@@ -1,0 +1,71 @@
+"""Every error that Trainmaster raises on purpose.
+
+    TrainmasterError
+    ├── ConfigError          the experiment, its overrides or its files are wrong: found before anything starts
+    │   └── DataError        a dataset's content is wrong (names file and line, or sample)
+    ├── ModelError           a model cannot be split, loaded or saved as asked
+    ├── ProtocolError        a message that our protocol does not allow
+    └── RunError             the run failed
+        ├── WorkerLost       a worker died, fell silent or closed its connection
+        ├── RemoteError      a request failed on a worker; carries the remote traceback
+        └── DeadlineExceeded a named wait took longer than it was given
+
+Messages name the field, the value, the rule and the cure. `exit_code` is what the command line leaves with.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TrainmasterError(Exception):
+    """The root: catch this to catch all of ours."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(TrainmasterError):
+    """One wrong field. `ConfigError("model.layout.pp", 3, "must be at most the model's 2 layers", "lower it")`."""
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, field: str, value: object, rule: str, cure: str) -> None:
+        self.field, self.value, self.rule, self.cure = field, value, rule, cure
+        super().__init__(f"{field} = {value!r}: {rule}. {cure[:1].upper()}{cure[1:]}.")
+
+
+class DataError(ConfigError):
+    """A dataset's content is wrong; `value` says where."""
+
+
+class ModelError(TrainmasterError):
+    """A model that we cannot split, load or save as asked; the message says what would work."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ProtocolError(TrainmasterError):
+    """A frame or message outside of the protocol."""
+
+
+class RunError(TrainmasterError):
+    """The run failed after it started."""
+
+
+class WorkerLost(RunError):
+    """A worker died, fell silent or closed its connection."""
+
+
+class RemoteError(RunError):
+    """A request failed on a worker.
+
+    `kind` is the remote exception's class name, `remote_traceback` its formatted traceback.
+    """
+
+    def __init__(self, where: str, kind: str, message: str, remote_traceback: str) -> None:
+        self.where, self.kind, self.message, self.remote_traceback = where, kind, message, remote_traceback
+        super().__init__(f"{where} failed with {kind}: {message}")
+
+
+class DeadlineExceeded(RunError):
+    """A wait with a name took longer than it was given."""

@@ -1,0 +1,5 @@
+"""One dataclass a recipe."""
+
+from .sft import SFT
+
+__all__ = ["SFT"]

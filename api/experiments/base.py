@@ -1,0 +1,60 @@
+"""What every experiment compiles to: the form in which the master and the workers know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..config import Dataset, Model, Optimizer, RunOptions
+from ..graph import Graph
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedModel:
+    """A model in its role, on the workers `first_rank ... first_rank + layout.num_workers - 1`."""
+
+    model: Model
+    field: str
+    """The experiment's field that holds the model, for error messages."""
+    optimizer: Optimizer | None = None
+    """None: the model is never trained."""
+    first_rank: int = 0
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.model.layout.num_workers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationPlan:
+    """A graph of its own, that runs between steps over the whole of its own dataset."""
+
+    graph: Graph
+    dataset: Dataset
+    dataset_field: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledExperiment:
+    """An experiment as the master runs it."""
+
+    run: RunOptions
+    models: dict[str, PlacedModel]
+    """By role."""
+    graph: Graph
+    dataset: Dataset
+    dataset_field: str
+    evaluation: EvaluationPlan | None = None
+
+    @property
+    def num_workers(self) -> int:
+        return max(placed.ranks.stop for placed in self.models.values())
+
+
+class Experiment(Protocol):
+    """What a recipe must offer: `SFT` is the pattern."""
+
+    @property
+    def run(self) -> RunOptions: ...
+
+    def compile(self) -> CompiledExperiment: ...

@@ -1,0 +1,53 @@
+"""`record`: the one way to declare a typed, checked, immutable value, for configuration and for the wire."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: type[T]) -> type[T]:
+    """A frozen, slotted, keyword-only pydantic dataclass that rejects unknown fields and wrong types.
+
+    Constructed in Python, a violation is a `ConfigError`; read from the wire by a `TypeAdapter`, a `ValidationError`.
+    """
+    config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    made = dataclass(frozen=True, kw_only=True, slots=True, config=config)(cls)
+    setattr(made, "__init__", _checked(made.__init__))  # noqa: B010  (mypy refuses the plain assignment)
+    return made  # type: ignore[return-value]  # pydantic types it as its own protocol
+
+
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: object, *args: Any, **kwargs: Any) -> None:  # Any: any record's fields
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            raise config_error(error) from None
+
+    return __init__
+
+
+def config_error(error: ValidationError) -> ConfigError:
+    """The first violation in pydantic's report, in our words."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join([error.title, *(str(part) for part in first["loc"])])
+    more = error.error_count() - 1
+    cure = "correct this field" + (f"; {more} more of {error.title}'s fields are wrong" if more else "")
+    match first["type"]:
+        case "unexpected_keyword_argument":
+            rule, cure = f"{error.title} has no such field", "remove it, or look the name up with `--help`"
+        case "missing" | "missing_keyword_only_argument":
+            return ConfigError(field, None, "this field must be given", "give it a value")
+        case _:
+            rule = first["msg"][:1].lower() + first["msg"][1:]
+    return ConfigError(field, first["input"], rule, cure)

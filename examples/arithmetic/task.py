@@ -1,0 +1,83 @@
+"""Two-digit addition, the answer's digits reversed (`12+34=` -> `64`): a task that a tiny model learns in minutes.
+
+Reversed, because a model that writes from left to right then meets the carry in the order in which it arises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "generated"
+TRAIN, HELD_OUT, TOKENIZER = FOLDER / "train.jsonl", FOLDER / "held_out.jsonl", FOLDER / "tokenizer"
+CHARACTERS = "0123456789+= "
+NUM_HELD_OUT = 200
+MODEL = {
+    "model_type": "qwen2",
+    "vocab_size": 16,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def write_all() -> None:
+    """Makes data and tokenizer, unless they are there. Safe in several processes at once: each file appears whole."""
+    if all(path.exists() for path in (TRAIN, HELD_OUT, TOKENIZER)):
+        return
+    FOLDER.mkdir(exist_ok=True)
+    problems = [(a, b) for a in range(100) for b in range(100)]
+    random.Random(0).shuffle(problems)
+    _appear(HELD_OUT, lambda path: _write_rows(path, problems[:NUM_HELD_OUT]))
+    _appear(TRAIN, lambda path: _write_rows(path, problems[NUM_HELD_OUT:]))
+    _appear(TOKENIZER, _write_tokenizer)
+
+
+def _write_rows(path: Path, problems: list[tuple[int, int]]) -> None:
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)[::-1]} for a, b in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_tokenizer(path: Path) -> None:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {text: 3 + at for at, text in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<unk>"])
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _appear(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes aside, then renames; whoever comes second keeps what is there."""
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        aside = Path(folder) / path.name
+        write(aside)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            if not path.exists():
+                raise

@@ -1,0 +1,1 @@
+"""The master and the control plane. Torch-free at import."""

@@ -1,0 +1,86 @@
+"""Bringing workers up: ranks, process groups, models and datasets, in the order that they need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..api.experiment_file import LoadedExperiment
+from .dispatch import settle
+from .rpc.commands import (
+    Command,
+    DatasetOpened,
+    HostStore,
+    JoinGroups,
+    LoadModel,
+    ModelLoaded,
+    OpenDataset,
+    StoreAddress,
+)
+from .rpc.messages import Register, Welcome
+from .rpc.server import Server
+
+DATA_RANK = 0
+"""The worker that reads the datasets."""
+
+
+class Cluster:
+    """The workers of one run, by rank."""
+
+    def __init__(self, server: Server, loaded: LoadedExperiment) -> None:
+        self.server, self._loaded = server, loaded
+        self._run = loaded.compiled.run
+
+    async def assemble(self, log_directory: Path) -> list[Register]:
+        """Waits for all workers, gives them their ranks, and has them form their process groups."""
+        workers = await self.server.workers(self._run.deadlines.register_s)
+        hosts = [worker.host for worker in workers]
+
+        def welcome(rank: int) -> Welcome:
+            return Welcome(
+                run=self.server.run,
+                epoch=self.server.epoch,
+                rank=rank,
+                num_workers=len(workers),
+                num_local_workers=hosts.count(hosts[rank]),
+                overrides=self._loaded.overrides,
+                experiment_digest=self._loaded.experiment_digest,
+                log_directory=str(log_directory),
+                silence_s=self._run.deadlines.silence_s,
+            )
+
+        self.server.welcome(welcome)
+        if len(workers) > 1:
+            (store,) = await self._ask("open the store", [(0, HostStore())])
+            assert isinstance(store, StoreAddress), "HostStore is answered by StoreAddress"
+            join = JoinGroups(store_host=store.host, store_port=store.port)
+            await self._ask("form process groups", [(rank, join) for rank in range(len(workers))])
+        return workers
+
+    async def load_models(self) -> dict[str, int]:
+        """Has every worker load its shards, all at once. Returns the number of parameters by model."""
+        models = self._loaded.compiled.models
+        requests: list[tuple[int, Command]] = [
+            (rank, LoadModel(model=role)) for role, placed in models.items() for rank in placed.ranks
+        ]
+        results = await self._ask("load models", requests)
+        num_parameters = dict.fromkeys(models, 0)
+        for (_, command), result in zip(requests, results, strict=True):
+            assert isinstance(command, LoadModel), "built above"
+            assert isinstance(result, ModelLoaded), "LoadModel is answered by ModelLoaded"
+            num_parameters[command.model] += result.num_parameters
+        return {role: total // models[role].model.layout.dp for role, total in num_parameters.items()}
+
+    async def open_dataset(self, name: str) -> DatasetOpened:
+        """Has the data worker read and check a dataset of the experiment."""
+        (opened,) = await self._ask(f"open {name}", [(DATA_RANK, OpenDataset(dataset=name))])
+        assert isinstance(opened, DatasetOpened), "OpenDataset is answered by DatasetOpened"
+        return opened
+
+    async def _ask(self, name: str, requests: Sequence[tuple[int, Command]]) -> list[object]:
+        futures = [
+            self.server.submit(rank, command, name=name, deadline_s=self._run.deadlines.setup_s)
+            for rank, command in requests
+        ]
+        answers = await settle(self.server, futures)
+        return [answer.success.result for answer in answers]

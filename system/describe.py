@@ -1,0 +1,40 @@
+"""An experiment's graph as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..api.experiments.base import CompiledExperiment
+from ..api.graph import Graph
+
+
+def describe(compiled: CompiledExperiment) -> str:
+    """Models with their workers, then each graph's calls in the order in which they can run."""
+    lines = ["models"]
+    for role, placed in compiled.models.items():
+        layout = placed.model.layout
+        source = placed.model.path or f"random {placed.model.config['model_type']}"
+        trained = "trained" if placed.optimizer is not None else "frozen"
+        lines.append(
+            f"  {role}: {source}, {trained}, dp={layout.dp} pp={layout.pp} tp={layout.tp} sp={layout.sp}, "
+            f"workers {placed.ranks.start}-{placed.ranks.stop - 1}"
+        )
+    lines += _graph_lines(compiled.graph, str(compiled.dataset.path))
+    if compiled.evaluation is not None:
+        lines += _graph_lines(compiled.evaluation.graph, str(compiled.evaluation.dataset.path))
+    return "\n".join(lines)
+
+
+def _graph_lines(graph: Graph, dataset: str) -> Iterator[str]:
+    yield f"graph {graph.name}"
+    yield f"  dataset {dataset} -> {', '.join(graph.dataset_keys)}"
+    for call in graph.calls:
+        inputs = [
+            f"{', '.join(graph.edges.edges[producer, call.name]['keys'])} from {producer}"
+            for producer in graph.edges.predecessors(call.name)
+        ]
+        outputs = f" -> {', '.join(call.outputs)}" if call.outputs else ""
+        yield (
+            f"  {call.name}: {call.kind} on {call.model} ({call.algorithm}), batch {call.batch_size}, "
+            f"minibatch {call.minibatch_size}, reads {'; '.join(inputs)}{outputs}"
+        )

@@ -1,0 +1,57 @@
+"""Evaluation: a graph of its own, run over the whole of its own dataset between two steps."""
+
+from __future__ import annotations
+
+from ..api.errors import ConfigError
+from ..api.experiments.base import CompiledExperiment, EvaluationPlan
+from .executor import Executor
+from .rpc.commands import DatasetOpened, Mean
+from .rpc.server import Server
+from .storage import Storage
+from .stream import SampleStream
+
+
+class Evaluator:
+    """Runs one evaluation plan as often as it is asked to."""
+
+    def __init__(
+        self,
+        plan: EvaluationPlan,
+        opened: DatasetOpened,
+        compiled: CompiledExperiment,
+        server: Server,
+        storage: Storage,
+    ) -> None:
+        self._plan = plan
+        self._executor = Executor(plan.graph, compiled, server, storage)
+        self._stream = SampleStream(server, storage, plan.dataset_field, compiled.run.deadlines.call_s)
+        self._counts = _even_batches(opened.num_sequences, plan.graph.batch_size)
+        replicas = max(compiled.models[call.model].model.layout.dp for call in plan.graph.calls)
+        if min(self._counts) < replicas:
+            raise ConfigError(
+                f"{plan.dataset_field}.path",
+                str(plan.dataset.path),
+                f"it has {opened.num_sequences} sequences, fewer than the layout's dp ({replicas})",
+                "add rows, or lower dp",
+            )
+
+    async def run(self) -> dict[str, float]:
+        """One pass. Returns `evaluation/NAME` of every statistic, weighted over all sequences."""
+        totals: dict[str, Mean] = {}
+        for at, count in enumerate(self._counts):
+            samples = await self._stream.take(count)
+            if at + 1 < len(self._counts):
+                self._stream.prefetch(self._counts[at + 1])
+            traversal = await self._executor.traverse(samples)
+            for statistics in traversal.statistics.values():
+                for name, mean in statistics.items():
+                    before = totals[name] if name in totals else Mean(total=0.0, weight=0.0)
+                    totals[name] = Mean(total=before.total + mean.total, weight=before.weight + mean.weight)
+        return {f"evaluation/{name}": mean.total / mean.weight for name, mean in totals.items() if mean.weight}
+
+
+def _even_batches(num_sequences: int, batch_size: int) -> list[int]:
+    """Sizes of batches that cover all sequences, none larger than `batch_size`, differing by one at most."""
+    num_batches = -(-num_sequences // batch_size)
+    size, larger = divmod(num_sequences, num_batches)
+    return [size + (at < larger) for at in range(num_batches)]

@@ -1,0 +1,1 @@
+"""Starting workers and master: by command line, never by import."""

@@ -1,0 +1,157 @@
+"""The master: composition root of a run. Opens what the run needs, in order, and closes it.
+
+bind -> workers register -> groups -> datasets -> models -> steps -> shut down
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+
+from ..api.errors import TrainmasterError
+from ..api.experiment_file import LoadedExperiment
+from ..api.experiments.base import CompiledExperiment
+from .cadence import Cadence, plan_cadence
+from .cluster import Cluster
+from .evaluation import Evaluator
+from .monitoring.metrics import MetricsLog
+from .monitoring.progress import ProgressLine
+from .rpc.commands import DatasetOpened
+from .rpc.server import Server
+from .service.logs import log_to_file
+from .storage import Storage
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+FIRST_EPOCH = 1
+
+
+class Interrupted(TrainmasterError):
+    """A signal asked the master to stop."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        super().__init__(f"stopped by {number.name}")
+
+
+async def run_master(loaded: LoadedExperiment, address: str) -> None:
+    """Runs an experiment to its end. The run directory exists and is ours.
+
+    Raises `ConfigError` for what only the workers could find wrong, `RunError` for what went wrong on the way, and
+    `Interrupted` on SIGINT or SIGTERM.
+    """
+    interrupted: list[signal.Signals] = []
+    task = asyncio.current_task()
+    assert task is not None, "inside a running loop"
+
+    def interrupt(number: signal.Signals) -> None:
+        interrupted.append(number)
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        await _run(loaded, address)
+    except asyncio.CancelledError:
+        if not interrupted:
+            raise
+        raise Interrupted(interrupted[0]) from None
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from group
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first error in a (nested) group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _run(loaded: LoadedExperiment, address: str) -> None:
+    compiled, directory = loaded.compiled, loaded.compiled.run.path.resolve()
+    log_to_file(directory / "logs" / "master.log")
+    server = Server(
+        address,
+        run=compiled.run.name,
+        epoch=FIRST_EPOCH,
+        num_workers=compiled.num_workers,
+        code_digest=loaded.code_digest,
+        silence_s=compiled.run.deadlines.silence_s,
+    )
+    metrics = MetricsLog(directory)
+    try:
+        with ProgressLine() as progress:
+            async with server, asyncio.TaskGroup() as group:
+                watch = group.create_task(_watch(server), name="watch")
+                await _train(loaded, server, directory, metrics, progress)
+                watch.cancel()
+    finally:
+        metrics.close()
+
+
+async def _watch(server: Server) -> None:
+    """Ends the run when a worker is lost, also while nothing is asked of it."""
+    await asyncio.shield(server.lost)
+
+
+async def _train(
+    loaded: LoadedExperiment, server: Server, directory: Path, metrics: MetricsLog, progress: ProgressLine
+) -> None:
+    compiled, storage = loaded.compiled, Storage()
+    cluster = Cluster(server, loaded)
+    progress.note(f"{compiled.run.name}: waiting for {server.num_workers} workers at {server.address}")
+    workers = await cluster.assemble(directory / "logs")
+    opened = await cluster.open_dataset(compiled.dataset_field)
+    cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.graph.batch_size)
+    evaluator = None
+    if compiled.evaluation is not None:
+        held_out = await cluster.open_dataset(compiled.evaluation.dataset_field)
+        evaluator = Evaluator(compiled.evaluation, held_out, compiled, server, storage)
+    num_parameters = await cluster.load_models()
+    for role, placed in compiled.models.items():
+        layout = placed.model.layout
+        progress.note(
+            f"{role}: {num_parameters[role]:,} parameters, dp={layout.dp} pp={layout.pp} "
+            f"on workers {', '.join(f'{rank} ({workers[rank].host})' for rank in placed.ranks)}"
+        )
+    _describe_batches(compiled, cadence, opened, progress)
+    await Trainer(compiled, cadence, server, storage, evaluator, metrics, progress).run()
+
+
+def _describe_batches(
+    compiled: CompiledExperiment, cadence: Cadence, opened: DatasetOpened, progress: ProgressLine
+) -> None:
+    """Says what batch, minibatch and microbatch mean here, in sequences and tokens."""
+    mean = opened.num_tokens / opened.num_sequences
+    progress.note(
+        f"{compiled.dataset_field}: {opened.num_sequences:,} sequences, {opened.num_tokens:,} tokens, longest "
+        f"{opened.longest} tokens ({opened.longest_id}); {cadence.num_steps:,} steps = "
+        f"{cadence.num_steps * compiled.graph.batch_size / opened.num_sequences:.2f} passes"
+    )
+    rows = []
+    for call in compiled.graph.calls:
+        layout = compiled.models[call.model].model.layout
+        share = call.minibatch_size * mean / layout.dp
+        num_microbatches = max(call.microbatching.min_count, -(-int(share) // call.microbatching.max_tokens))
+        rows += [
+            (call.name, "batch", "a step", f"{call.batch_size:,}", f"{call.batch_size * mean:,.0f}"),
+            (
+                call.name,
+                "minibatch",
+                "an optimizer step",
+                f"{call.minibatch_size:,}",
+                f"{call.minibatch_size * mean:,.0f}",
+            ),
+            (
+                call.name,
+                "microbatch",
+                "a pipeline slot",
+                f"{call.minibatch_size / layout.dp / num_microbatches:,.1f}",
+                f"{share / num_microbatches:,.0f} (at most {call.microbatching.max_tokens:,})",
+            ),
+        ]
+    progress.table("sizes", ("call", "unit", "is", "sequences", "mean tokens"), rows)

@@ -1,0 +1,86 @@
+"""Checks an experiment against this machine's disk, before anything starts. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..api.config import Model
+from ..api.errors import ConfigError
+from ..api.experiments.base import CompiledExperiment
+from ..api.json_lines import check_json_lines
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""How transformers' configs name the number of layers."""
+
+
+def check_files(compiled: CompiledExperiment) -> None:
+    """Datasets are readable and whole, models and tokenizers are there, stages are not more than layers.
+
+    Raises `ConfigError` for the first that is not.
+    """
+    for placed in compiled.models.values():
+        _check_model(placed.model, placed.field)
+    check_json_lines(compiled.dataset, f"{compiled.dataset_field}.path")
+    if compiled.evaluation is not None:
+        check_json_lines(compiled.evaluation.dataset, f"{compiled.evaluation.dataset_field}.path")
+
+
+def check_run_directory(path: Path) -> None:
+    """Raises `ConfigError` if the run exists already."""
+    if path.exists():
+        raise _exists(path)
+
+
+def claim_run_directory(path: Path) -> None:
+    """Makes the run directory; whoever makes it owns the run. Raises `ConfigError` if it exists."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError as error:
+        raise ConfigError(
+            "run.directory", str(path.parent), f"cannot be written: {error.strerror}", "choose another directory"
+        ) from None
+
+
+def _exists(path: Path) -> ConfigError:
+    return ConfigError(
+        "run.name",
+        path.name,
+        f"the run directory {path} exists already, and no run is ever overwritten",
+        f"choose another name (--run.name {path.name}-2), or remove the directory",
+    )
+
+
+def _check_model(model: Model, field: str) -> None:
+    config = model.config
+    if model.path is not None:
+        file = model.path / "config.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"{field}.path", str(model.path), "there is no config.json in it", "name a Hugging Face directory"
+            )
+        if not any(model.path.glob("*.safetensors")):
+            raise ConfigError(
+                f"{field}.path",
+                str(model.path),
+                "there are no weights (*.safetensors) in it",
+                "convert the model with `save_pretrained`, or start from random weights with `config`",
+            )
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{field}.path", str(file), f"not JSON ({error})", "restore the file") from None
+    if not model.tokenizer_path.is_dir():
+        raise ConfigError(
+            f"{field}.tokenizer",
+            str(model.tokenizer_path),
+            "there is no such directory",
+            "name the tokenizer's directory",
+        )
+    for name in _LAYER_COUNTS:
+        if name in config and model.layout.pp > config[name]:
+            raise ConfigError(
+                f"{field}.layout.pp", model.layout.pp, f"the model has only {config[name]} layers", "lower it"
+            )

@@ -1,0 +1,1 @@
+"""Typed requests and replies between the master and its workers, over ZeroMQ."""

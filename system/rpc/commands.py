@@ -1,0 +1,199 @@
+"""What a request asks of a worker, and what a worker answers: two closed unions, and the hooks around a command.
+
+Commands carry names that the experiment file registered and metadata of samples; never code, never tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt
+
+from ...api.batch import Samples
+from ...api.graph import CallKind
+from ...api.record import record
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+@record
+class Parcel:
+    """What one worker sends to another: these keys of these sequences, in this order, as one packed buffer."""
+
+    peer: int
+    """The other worker's rank: the receiver of a parcel that is sent, the sender of one that is received."""
+    samples: Samples
+
+
+@record
+class Redistribute:
+    """Before a call: exchange parcels so that the call finds its inputs."""
+
+    type: Literal["redistribute"] = "redistribute"
+    tag: NonNegativeInt
+    """Tells the messages of one redistribution from those of another."""
+    sends: tuple[Parcel, ...] = ()
+    receives: tuple[Parcel, ...] = ()
+
+
+@record
+class Save:
+    """After a call: write this worker's shard of a model into a directory that the master publishes later."""
+
+    type: Literal["save"] = "save"
+    model: str
+    directory: str
+
+
+Hook = Annotated[Redistribute | Save, Field(discriminator="type")]
+
+
+@record
+class ShardFile:
+    """A `Save` hook's result: a file of tensors, and which tensors it holds. Empty where another replica writes."""
+
+    tensors: tuple[str, ...] = ()
+    file: str = ""
+    size_bytes: NonNegativeInt = 0
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@record
+class HostStore:
+    """Open the key-value store through which the workers' process groups meet."""
+
+    type: Literal["host_store"] = "host_store"
+
+
+@record
+class JoinGroups:
+    """Form every process group that this worker is a member of."""
+
+    type: Literal["join_groups"] = "join_groups"
+    store_host: str
+    store_port: int
+
+
+@record
+class LoadModel:
+    """Load this worker's shard of a model, and make its optimizer."""
+
+    type: Literal["load_model"] = "load_model"
+    model: str
+
+
+@record
+class OpenDataset:
+    """Read a dataset of the experiment (`dataset`, `evaluation`), tokenise it, and check every sequence."""
+
+    type: Literal["open_dataset"] = "open_dataset"
+    dataset: str
+
+
+@record
+class Fetch:
+    """Put the sequences at `start ... start + count - 1` of a dataset's endless stream into the store."""
+
+    type: Literal["fetch"] = "fetch"
+    dataset: str
+    start: NonNegativeInt
+    count: NonNegativeInt
+
+
+@record
+class CallModel:
+    """Run one model function call on this worker's data-parallel share."""
+
+    type: Literal["call_model"] = "call_model"
+    call: str
+    model: str
+    kind: CallKind
+    algorithm: str
+    microbatches: tuple[Samples, ...]
+    """This data-parallel rank's, in the order in which they enter the pipeline."""
+
+
+@record
+class Transfer:
+    """Take part in a redistribution for a call that runs elsewhere."""
+
+    type: Literal["transfer"] = "transfer"
+    redistribute: Redistribute
+
+
+@record
+class Release:
+    """Forget these sequences: nobody reads them again."""
+
+    type: Literal["release"] = "release"
+    ids: tuple[str, ...]
+
+
+Command = Annotated[
+    HostStore | JoinGroups | LoadModel | OpenDataset | Fetch | CallModel | Transfer | Release,
+    Field(discriminator="type"),
+]
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+@record
+class Done:
+    """A command that has nothing to tell."""
+
+    type: Literal["done"] = "done"
+
+
+@record
+class StoreAddress:
+    type: Literal["store_address"] = "store_address"
+    host: str
+    port: int
+
+
+@record
+class ModelLoaded:
+    type: Literal["model_loaded"] = "model_loaded"
+    num_parameters: NonNegativeInt
+    """On this worker's shard, tied copies not counted again."""
+
+
+@record
+class DatasetOpened:
+    type: Literal["dataset_opened"] = "dataset_opened"
+    num_sequences: NonNegativeInt
+    num_tokens: NonNegativeInt
+    longest: NonNegativeInt
+    longest_id: str
+
+
+@record
+class Fetched:
+    type: Literal["fetched"] = "fetched"
+    samples: Samples
+
+
+@record
+class Mean:
+    """A weighted mean that can be merged: `total / weight`."""
+
+    total: Annotated[float, Field(allow_inf_nan=True)]
+    weight: float
+
+
+@record
+class CallDone:
+    type: Literal["call_done"] = "call_done"
+    statistics: dict[str, Mean]
+    """Of the whole call, all data-parallel ranks; empty but on the worker that owns the call's outputs."""
+    version: NonNegativeInt
+    """Optimizer steps behind the model's weights, after the call."""
+
+
+Result = Annotated[
+    Done | StoreAddress | ModelLoaded | DatasetOpened | Fetched | CallDone,
+    Field(discriminator="type"),
+]

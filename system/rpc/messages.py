@@ -1,0 +1,139 @@
+"""Every message of the control plane: one closed union.
+
+    worker                     master
+      | -- Register ------------> |      who I am, what I would run
+      | <------------ Welcome --- |      your rank, this run's epoch      (or Refuse)
+      | <------------ Request --- |      a command with hooks, on a lane
+      | -- Reply ---------------> |      a result, or an error with its traceback
+      | -- Heartbeat -----------> |      every second, while computing too
+      | <--------------- Ping --- |      the same from the master
+      | <----------- Shutdown --- |
+
+Every message after the welcome carries (run, epoch): anything of another life of the master is dropped.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
+
+from ...api.record import record
+from .commands import Command, Hook, Result, ShardFile
+
+PROTOCOL_VERSION = 1
+HEARTBEAT_S = 1.0
+"""Seconds between two signs of life, in both directions."""
+
+
+class Lane(StrEnum):
+    """A worker executes the requests of one lane one after the other, and its lanes side by side."""
+
+    COMPUTE = "compute"
+    TRANSFER = "transfer"
+
+
+@record
+class Register:
+    type: Literal["register"] = "register"
+    protocol: int
+    host: str
+    pid: int
+    incarnation: str
+    """Unique to this process."""
+    address: str
+    """Where other workers can reach this one."""
+    code_digest: str
+
+
+@record
+class Heartbeat:
+    type: Literal["heartbeat"] = "heartbeat"
+    run: str
+    epoch: NonNegativeInt
+
+
+@record
+class Success:
+    type: Literal["success"] = "success"
+    result: Result
+    files: tuple[ShardFile, ...] = ()
+    """Results of the request's `Save` hooks, in order."""
+
+
+@record
+class Failure:
+    type: Literal["failure"] = "failure"
+    kind: str
+    """The exception's class name."""
+    message: str
+    traceback: str
+    field: str | None = None
+    """With `value`, `rule` and `cure`: the parts of a `ConfigError`."""
+    value: str = ""
+    rule: str = ""
+    cure: str = ""
+
+
+@record
+class Reply:
+    type: Literal["reply"] = "reply"
+    run: str
+    epoch: NonNegativeInt
+    id: NonNegativeInt
+    outcome: Annotated[Success | Failure, Field(discriminator="type")]
+    seconds: dict[str, NonNegativeFloat]
+    """How long the command and each kind of hook took, by their type."""
+
+
+@record
+class Welcome:
+    type: Literal["welcome"] = "welcome"
+    run: str
+    epoch: NonNegativeInt
+    rank: NonNegativeInt
+    num_workers: int
+    num_local_workers: int
+    """Workers on the same host, this one included."""
+    overrides: tuple[str, ...]
+    """Command-line overrides to apply to the experiment file."""
+    experiment_digest: str
+    log_directory: str
+    silence_s: float
+
+
+@record
+class Refuse:
+    type: Literal["refuse"] = "refuse"
+    reason: str
+
+
+@record
+class Ping:
+    type: Literal["ping"] = "ping"
+
+
+@record
+class Request:
+    type: Literal["request"] = "request"
+    run: str
+    epoch: NonNegativeInt
+    id: NonNegativeInt
+    lane: Lane
+    command: Command
+    pre_hooks: tuple[Hook, ...] = ()
+    post_hooks: tuple[Hook, ...] = ()
+
+
+@record
+class Shutdown:
+    type: Literal["shutdown"] = "shutdown"
+    reason: str
+
+
+Message = Annotated[
+    Register | Heartbeat | Reply | Welcome | Refuse | Ping | Request | Shutdown,
+    Field(discriminator="type"),
+]
+MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)

@@ -1,0 +1,1 @@
+"""What master and workers have in common as services: logging, signals, failpoints, addresses."""

@@ -1,0 +1,45 @@
+"""A dataset's stream as the master sees it: the next sequences' metadata, fetched while the present step computes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..api.batch import Samples
+from .cluster import DATA_RANK
+from .dispatch import settle
+from .rpc.commands import Fetch, Fetched
+from .rpc.messages import Lane
+from .rpc.server import Answer, Server
+from .storage import Storage
+
+
+class SampleStream:
+    """Sequences of one dataset, in stream order. `position` is all there is to resume from."""
+
+    def __init__(self, server: Server, storage: Storage, dataset: str, deadline_s: float) -> None:
+        self._server, self._storage, self._dataset, self._deadline_s = server, storage, dataset, deadline_s
+        self.position = 0
+        self._ahead: tuple[int, asyncio.Future[Answer]] | None = None
+
+    async def take(self, count: int) -> Samples:
+        """The next `count` sequences, now in the data worker's store."""
+        self.prefetch(count)
+        assert self._ahead is not None, "prefetched"
+        wanted, future = self._ahead
+        assert wanted == count, f"{wanted} sequences were prefetched, {count} are taken"
+        (answer,) = await settle(self._server, [future])
+        self._ahead = None
+        self.position += count
+        fetched = answer.success.result
+        assert isinstance(fetched, Fetched), "Fetch is answered by Fetched"
+        self._storage.add(DATA_RANK, fetched.samples)
+        return fetched.samples
+
+    def prefetch(self, count: int) -> None:
+        """Asks for the next `count` sequences without waiting."""
+        if self._ahead is None:
+            fetch = Fetch(dataset=self._dataset, start=self.position, count=count)
+            future = self._server.submit(
+                DATA_RANK, fetch, name=f"fetch {self._dataset}", deadline_s=self._deadline_s, lane=Lane.TRANSFER
+            )
+            self._ahead = count, future

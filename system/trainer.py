@@ -1,0 +1,97 @@
+"""The run itself: steps, evaluations, checkpoints, and what is said about them."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..api.experiments.base import CompiledExperiment
+from ..api.graph import CallKind
+from .cadence import Cadence
+from .checkpoints import CheckpointFolder
+from .evaluation import Evaluator
+from .executor import CALL_MODEL, Executor, Traversal
+from .monitoring.metrics import MetricsLog
+from .monitoring.progress import ProgressLine
+from .rpc.commands import Save
+from .rpc.server import Server
+from .storage import Storage
+from .stream import SampleStream
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Walks the graph step by step."""
+
+    def __init__(
+        self,
+        compiled: CompiledExperiment,
+        cadence: Cadence,
+        server: Server,
+        storage: Storage,
+        evaluator: Evaluator | None,
+        metrics: MetricsLog,
+        progress: ProgressLine,
+    ) -> None:
+        self._compiled, self._cadence = compiled, cadence
+        self._evaluator, self._metrics, self._progress = evaluator, metrics, progress
+        self._executor = Executor(compiled.graph, compiled, server, storage)
+        self._stream = SampleStream(server, storage, compiled.dataset_field, compiled.run.deadlines.call_s)
+        self._checkpoints = CheckpointFolder(compiled.run.path.resolve())
+        self._trained = {call.name: call.model for call in compiled.graph.calls if call.kind is CallKind.TRAIN_STEP}
+
+    async def run(self) -> None:
+        """All steps. Every step that is due to be saved is saved before the next begins."""
+        num_steps, batch_size = self._cadence.num_steps, self._compiled.graph.batch_size
+        await self._evaluate(0)
+        self._progress.start(num_steps)
+        for step in range(1, num_steps + 1):
+            start_s = time.perf_counter()
+            samples = await self._stream.take(batch_size)
+            if step < num_steps:
+                self._stream.prefetch(batch_size)
+            traversal = await self._executor.traverse(samples, self._saves(step))
+            self._report(step, traversal, time.perf_counter() - start_s)
+            if self._cadence.saves_after(step):
+                path = self._checkpoints.publish(step, traversal.files)
+                logger.info("saved %s", path)
+                self._progress.note(f"saved {path}")
+            await self._evaluate(step)
+
+    def _saves(self, step: int) -> dict[str, Save] | None:
+        if not self._cadence.saves_after(step):
+            return None
+        directory = str(self._checkpoints.begin(step))
+        return {call: Save(model=model, directory=directory) for call, model in self._trained.items()}
+
+    async def _evaluate(self, step: int) -> None:
+        if self._evaluator is None or not self._cadence.evaluates_after(step):
+            return
+        start_s = time.perf_counter()
+        values = await self._evaluator.run()
+        values["seconds/evaluation"] = time.perf_counter() - start_s
+        self._metrics.add(step, values)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("evaluation/"))
+        logger.info("step %d: %s", step, shown)
+        self._progress.note(f"after step {step}: {shown}")
+
+    def _report(self, step: int, traversal: Traversal, seconds: float) -> None:
+        values = {
+            f"{call}/{name}": mean.total / mean.weight
+            for call, statistics in traversal.statistics.items()
+            for name, mean in statistics.items()
+            if mean.weight
+        }
+        loss = next((value for name, value in values.items() if name.endswith("/loss")), float("nan"))
+        for call, parts in traversal.seconds.items():
+            for name, part_s in parts.items():
+                values[f"seconds/{call}" if name == CALL_MODEL else f"seconds/{call}/{name}"] = part_s
+        tokens_per_s = traversal.num_tokens / seconds
+        values["seconds/step"] = seconds
+        values["performance/tokens_per_s"] = tokens_per_s
+        values["performance/tokens"] = traversal.num_tokens
+        values["performance/overhead_fraction"] = max(0.0, 1 - max(traversal.busy_s.values()) / seconds)
+        self._metrics.add(step, values)
+        logger.info("step %d/%d: loss %.4f, %.0f tokens/s", step, self._cadence.num_steps, loss, tokens_per_s)
+        self._progress.step(step, loss, tokens_per_s)

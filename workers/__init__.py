@@ -1,0 +1,1 @@
+"""Model workers: models, parallelism, pipelines, algorithms, data. Owns torch."""

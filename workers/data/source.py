@@ -1,0 +1,134 @@
+"""A dataset as an endless stream of sequences, read and checked as a whole before training starts.
+
+Pass p of a dataset of N sequences fills positions `p*N ... (p+1)*N - 1` of the stream, in an order drawn from
+(seed, p) alone. So a batch follows from its position, and a resumed run needs only that number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...api.config import Dataset
+from ...api.errors import DataError
+from ...api.json_lines import check_json_lines
+from .tokenization import Row, encode_row
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+MAX_BATCH_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSequence:
+    """One sequence of the stream."""
+
+    id: str
+    tokens: Tensor
+    """`[T]`, int64."""
+    loss_mask: Tensor
+    """`[T]`, bool."""
+
+
+class SequenceSource:
+    """Reads `dataset` at construction. `name` (`dataset`, `evaluation`) is its field in the experiment, and in ids."""
+
+    def __init__(
+        self, name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, seed: int
+    ) -> None:
+        self.name, self._dataset, self._seed = name, dataset, seed
+        self._rows = _encoded_rows(dataset, tokenizer, f"{name}.path")
+        self.lengths = np.asarray(self._rows["length"], dtype=np.int64)
+        self._order: tuple[int, np.ndarray] | None = None
+        longest = int(self.lengths.argmax())
+        if max_tokens is not None and self.lengths[longest] > max_tokens:
+            raise DataError(
+                f"{name}.path",
+                f"{dataset.path}:{self._rows[longest]['line']}",
+                f"this sequence has {self.lengths[longest]} tokens, over the limit of {max_tokens} "
+                "(the smaller of the model's context and microbatch_tokens)",
+                "shorten or remove the row, raise microbatch_tokens, or take a model with a longer context",
+            )
+        self.longest_id = self._id(0, longest)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, start: int, count: int) -> list[SourceSequence]:
+        """The sequences at stream positions `start ... start + count - 1`."""
+        return [self._read(*divmod(position, len(self))) for position in range(start, start + count)]
+
+    def _read(self, number: int, place: int) -> SourceSequence:
+        index = self._index(number, place)
+        row = self._rows[index]
+        return SourceSequence(
+            id=self._id(number, index),
+            tokens=torch.tensor(row["tokens"], dtype=torch.int64),
+            loss_mask=torch.tensor(row["loss_mask"], dtype=torch.bool),
+        )
+
+    def _id(self, number: int, index: int) -> str:
+        return f"{self.name}/{number}/{index}/0"  # source, pass, index, attempt
+
+    def _index(self, number: int, place: int) -> int:
+        if not self._dataset.shuffle:
+            return place
+        if self._order is None or self._order[0] != number:
+            entropy = hashlib.sha256(f"{self._seed}/{self.name}/{number}".encode()).digest()
+            generator = np.random.Generator(np.random.Philox(int.from_bytes(entropy[:16], "big")))
+            self._order = number, generator.permutation(len(self))
+        return int(self._order[1][place])
+
+
+def _encoded_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, field: str) -> datasets.Dataset:
+    """Rows with `tokens`, `loss_mask`, `length`, and their 1-based `line`, in memory."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    check_json_lines(dataset, field)
+    lines = _line_numbers(dataset.path)
+    rows = datasets.Dataset.from_json(str(dataset.path), keep_in_memory=True)
+
+    def encode(batch: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:  # Any: JSON values
+        out: dict[str, list[Any]] = {"tokens": [], "loss_mask": [], "length": [], "line": []}
+        for at, index in enumerate(indices):
+            row: Row = {key: values[at] for key, values in batch.items()}
+            encoded = encode_row(row, dataset, tokenizer, f"{dataset.path}:{lines[index]}")
+            if not any(encoded.loss_mask[1:]):
+                raise DataError(
+                    field,
+                    f"{dataset.path}:{lines[index]}",
+                    "this row has no token to learn",
+                    "correct or remove the row",
+                )
+            out["tokens"].append(encoded.tokens)
+            out["loss_mask"].append(encoded.loss_mask)
+            out["length"].append(len(encoded.tokens))
+            out["line"].append(lines[index])
+        return out
+
+    return rows.map(
+        encode,
+        with_indices=True,
+        batched=True,
+        batch_size=MAX_BATCH_ROWS,
+        remove_columns=rows.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="tokenised",  # nothing is cached, so nothing needs to be hashed
+    )
+
+
+def _line_numbers(path: Path) -> list[int]:
+    """The 1-based line of each row: blank lines are no rows."""
+    with path.open("rb") as file:
+        return [number for number, line in enumerate(file, start=1) if line.strip()]

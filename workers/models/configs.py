@@ -1,0 +1,101 @@
+"""Model configurations: from keywords that a user wrote, or from a checkpoint's directory.
+
+Owns the checks that transformers leaves out: it takes any keyword in silence and files it as an attribute. Also refuses
+what no stage can run, as far as a configuration tells: encoder-decoders, multimodal models, layers that are not
+attention. `probe` finds the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
+
+from ...api.errors import ConfigError, ModelError
+
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+def config_from_keywords(keywords: dict[str, Any]) -> PretrainedConfig:  # values are those of a foreign class
+    """The configuration that `keywords` describe: `{"model_type": "qwen2", "hidden_size": 64, ...}`.
+
+    The contents of a config.json will do. Raises ConfigError on `model.config.<key>` for an unknown or missing
+    model type, an unknown keyword, or a value that transformers refuses; ModelError for what no stage can run.
+    """
+    keywords = dict(keywords)
+    model_type = keywords.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        similar = difflib.get_close_matches(str(model_type), CONFIG_MAPPING, n=3)
+        cure = f"did you mean {' or '.join(similar)}?" if similar else 'name one, such as "qwen2"'
+        raise ConfigError("model.config.model_type", model_type, "must be a model type of transformers", cure)
+    config_class = CONFIG_MAPPING[model_type]
+    config = _construct(config_class, keywords)
+    for key, value in keywords.items():
+        if not _knows(config_class, config, key, keywords):
+            similar = difflib.get_close_matches(key, _fields(config_class), n=1)
+            cure = f"did you mean {similar[0]}?" if similar else "remove it"
+            raise ConfigError(f"model.config.{key}", value, f"is no keyword of {config_class.__name__}", cure)
+    refuse_what_no_stage_runs(config)
+    return config
+
+
+def config_from_directory(directory: Path) -> PretrainedConfig:
+    """The configuration of a Hugging Face directory. Raises ModelError, also for what no stage can run."""
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} holds no config.json; give the path of a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{directory / 'config.json'} is no configuration that transformers takes: {error}") from error
+    refuse_what_no_stage_runs(config)
+    return config
+
+
+def refuse_what_no_stage_runs(config: PretrainedConfig) -> None:
+    """Raise ModelError for encoder-decoders, multimodal models, and layers that carry state past a sequence's end."""
+    name = repr(config.model_type)
+    if config.is_encoder_decoder:
+        raise ModelError(f"model type {name} is an encoder-decoder; use a decoder-only model")
+    if config.get_text_config() is not config:
+        raise ModelError(f"model type {name} has more parts than a text model; use the type of its text part")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
+    if others:
+        raise ModelError(
+            f"model type {name} has layers of kind {', '.join(others)}, which carry state from one packed sequence into "
+            f"the next; use a model whose layers are all {', '.join(sorted(ATTENTION_KINDS))}"
+        )
+
+
+def _construct(config_class: type[PretrainedConfig], keywords: dict[str, Any]) -> PretrainedConfig:
+    try:
+        return config_class(**keywords)
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        named = re.search(r"field '(\w+)'", str(error))
+        field = f"model.config.{named[1]}" if named else "model.config"
+        value = keywords.get(named[1]) if named else keywords
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(field, value, f"{config_class.__name__} refuses it: {reason}", "change it") from error
+
+
+def _fields(config_class: type[PretrainedConfig]) -> set[str]:
+    return set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
+
+
+def _knows(
+    config_class: type[PretrainedConfig], config: PretrainedConfig, key: str, keywords: dict[str, Any]
+) -> bool:
+    """Whether a keyword means anything to the class: a field, a property, or one that its constructor translates."""
+    if key == "attn_implementation":  # ours to choose
+        return False
+    if key in _fields(config_class) or hasattr(config_class, key):
+        return True
+    if key in GenerationConfig().to_dict():  # dropped without a word
+        return False
+    if key not in vars(config):  # translated (rope_theta)
+        return True
+    others = {name: value for name, value in keywords.items() if name in _fields(config_class)}
+    return key in vars(_construct(config_class, others))  # read, and then set by the class itself

@@ -1,0 +1,166 @@
+"""The one place that touches transformers surfaces that are private or may move between minor versions.
+
+Owns: quiet calls, the model class behind a config, the attention and mask registries, the pipeline plan, building a
+pruned model, one module's initialisation, undoing weight conversions. The pinned version is in `pyproject.toml`; when
+it changes, this file and the per-type tests in `tests/workers/models` are what to look at.
+
+Does not: decide how a model is cut (`cut`), computed (`attention`), loaded (`loading`) or written (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
+from transformers.masking_utils import causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as hf_logging
+
+from ...api.errors import ModelError
+
+Prune = Callable[[PreTrainedModel], None]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars inside, and leave its settings as they were."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The `...ForCausalLM` class of a config. Raises ModelError if its type has none."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"model type {config.model_type!r} has no causal language model in transformers; use one that has")
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make `name` an attention implementation: a pair of attention and mask function. Idempotent."""
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
+
+
+def is_plain_causal(visible: Callable[..., Any]) -> bool:
+    """Whether a mask predicate is transformers' causal one, without window, chunk or overlay."""
+    return visible is causal_mask_function
+
+
+def pipeline_plan(decoder: PreTrainedModel) -> Sequence[str]:
+    """Names of a decoder's children in the order of computation, as its author planned; empty without a plan."""
+    return list(decoder.config.base_model_pp_plan or {})
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal language model that turns tokens into hidden states: the model without its head."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # modernbert-decoder calls its head "decoder"
+        decoder = model.base_model
+    if decoder is model:  # a base_model_prefix that names no child (llama4)
+        decoder = next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+    if decoder is None:
+        raise ModelError(f"{type(model).__name__} has no decoder apart from its head, so it cannot be cut into stages")
+    return decoder
+
+
+def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedModel]:
+    """A class like `base` whose instances are pruned as soon as they are built, hence before anything is loaded."""
+
+    # transformers gives no types for what it passes on
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        prune(self)
+        self._keys_to_ignore_on_load_unexpected = {r".*"}  # other stages' tensors
+
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+
+
+def read_pruned(
+    directory: Path, config: PretrainedConfig, prune: Prune, attention: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a pruned model on the CPU and tie it; reads only the tensors that are left after pruning.
+
+    Returns the model and what is wrong with the checkpoint: one line for each missing or misshapen tensor.
+    """
+    model, report = pruned_class(causal_lm_class(config), prune).from_pretrained(
+        directory,
+        config=config,
+        attn_implementation=attention,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are reported to us
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        faults.append(f"{name} has shape {list(found)} where the model has {list(wanted)}")
+    return model, faults
+
+
+def build_pruned(config: PretrainedConfig, prune: Prune, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A pruned model on the meta device: shapes and dtypes as after loading, no memory, nothing tied."""
+    config._attn_implementation = attention
+    config.dtype = dtype
+    model_class = pruned_class(causal_lm_class(config), prune)
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = model_class(config)
+    if plan := model._get_dtype_plan(dtype):  # parameters that stay float32 in half-precision models
+        pattern, glob_of_group, _ = build_glob_alternation(list(plan))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            match = re.search(pattern, name)
+            if match is not None and match.lastgroup is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(plan[glob_of_group[match.lastgroup]])
+    return model
+
+
+def initialise_module(model: PreTrainedModel, module: nn.Module) -> None:
+    """Draw one module's own parameters and buffers as its model's author wrote, from torch's default generator."""
+    model._init_weights(module)
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Which parameter (key) is another one (value), by name: `{"lm_head.weight": "model.embed_tokens.weight"}`."""
+    return dict(model.all_tied_weights_keys)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Forget the ties of a model that has lost the tied modules to other stages."""
+    model.all_tied_weights_keys = {}
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Make the parameters that `tied_names` lists one."""
+    model.tie_weights(recompute_mapping=False)
+
+
+def names_not_saved(model: PreTrainedModel) -> set[str]:
+    """State that transformers keeps out of checkpoints because it is computed."""
+    return set(model._keys_to_ignore_on_save or ())
+
+
+def checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names and in the shapes that checkpoints of this type use (experts apart, old prefixes)."""
+    return revert_weight_conversion(model, tensors)

@@ -1,0 +1,122 @@
+"""One pipeline stage of a causal language model: packed sequences in, hidden states or logits out.
+
+Owns the pruned transformers model of one stage and the way it is called. Invariants: a stage's parameters have the
+names of the whole model (`stage.model.named_parameters()`); stages share nothing, so stages of different models, or all
+stages of one, live in one process.
+
+Does not: load, initialise (`loading`), write (`checkpoint`), send or receive.
+
+Shapes: T tokens in a packed row, H hidden size, V vocabulary size, n any number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .attention import PackedBatch, packed
+from .cut import Cut, balanced_split
+
+__all__ = ["Stage", "balanced_split"]
+
+
+class Stage(nn.Module):
+    """Layers `balanced_split(num_layers, num_stages)[index]` of a model, with what its author put before the first and
+    after the last. Made by `loading.load_stage` and `loading.init_stage`.
+
+        hidden = stages[0](ids, batch)                          # [1, T, H]
+        hidden = stages[1](ids, batch, hidden)
+        logits = stages[1].logits(hidden[:, wanted])            # [1, n, V]
+
+    Attributes: `index` of `num_stages`; `is_first`, `is_last`; `hidden_size` (H, what one stage sends to the next);
+    `config`, the whole model's; `model`, the pruned one.
+    """
+
+    def __init__(self, model: PreTrainedModel, cut: Cut, index: int, num_stages: int) -> None:
+        super().__init__()
+        self.index: int = index
+        self.num_stages: int = num_stages
+        self.is_first: bool = index == 0
+        self.is_last: bool = index == num_stages - 1
+        self.model: PreTrainedModel = model
+        self.config: PretrainedConfig = model.config
+        self.hidden_size: int = model.config.get_text_config().hidden_size
+        self.cut = cut
+
+    @property
+    def tied_embedding(self) -> nn.Parameter | None:
+        """This stage's copy of an embedding that is the head, too, and hence on the first and on the last stage.
+
+        The caller sums the two gradients before an optimizer step. None on all other stages, in models that tie
+        nothing, and where one stage is all.
+        """
+        if self.num_stages == 1 or not self.cut.has_tied_embedding:
+            return None
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def replicated(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that every stage holds, by their names in `model`; empty where one stage is all.
+
+        The caller sums their gradients over all stages (a stage that does not use one leaves it None).
+        """
+        if self.num_stages == 1:
+            return []
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if self.cut.is_shared(name)]
+
+    def forward(self, ids: Tensor, batch: PackedBatch, hidden: Tensor | None = None) -> Tensor:
+        """Run this stage's part.
+
+        ids [1, T] int64, on every stage; hidden [1, T, H], from the stage before, on all but the first. -> [1, T, H]:
+        what the next stage takes, or, on the last stage, after the final norm: what the head takes.
+        """
+        assert (hidden is None) == self.is_first, f"stage {self.index}: hidden states are for all but the first stage"
+        assert ids.shape == (1, batch.num_tokens), f"ids {list(ids.shape)} for a batch of {batch.num_tokens} tokens"
+        inlet, outlet = self.cut.inlet, self.cut.outlet
+        if inlet is not None:
+            inlet.received = hidden
+        try:
+            with packed(batch):
+                out = self.cut.decoder(input_ids=ids, **batch.model_kwargs())
+            return out[0] if outlet is None else outlet.captured
+        finally:  # let go of what autograd does not need
+            if inlet is not None:
+                inlet.received = None
+            if outlet is not None:
+                outlet.captured = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own head, softcap and scaling included, on any of the last stage's outputs.
+
+        hidden [1, n, H] -> [1, n, V].
+        """
+        assert self.is_last, f"stage {self.index} of {self.num_stages} has no head"
+        with self._decoder_gives(hidden):
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
+
+    @contextmanager
+    def _decoder_gives(self, hidden: Tensor) -> Iterator[None]:
+        """Let the model's forward find `hidden` where it calls its decoder, and so compute only its head."""
+        instance = self.cut.decoder.__dict__
+        instance["forward"] = lambda *args, **kwargs: _Given(hidden)
+        try:
+            yield
+        finally:
+            del instance["forward"]
+
+
+class _Given:
+    """A decoder's output of hidden states alone; every optional field reads as None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: int) -> Any:  # a model's output is a tuple of many types
+        return self.last_hidden_state if place == 0 else ()

@@ -1,0 +1,33 @@
+"""What must be summed over workers before an optimizer step: gradients, and the square of their norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .groups import Group
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: Group) -> None:
+    """Sums gradients over the group, in one message a type. A parameter without a gradient counts as zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+        gradients = [parameter.grad for parameter in parameters if parameter.dtype == dtype]
+        flat = torch.cat([gradient.view(-1) for gradient in gradients if gradient is not None])
+        group.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([parameter.numel() for parameter in parameters]), strict=True):
+            assert gradient is not None, "filled above"
+            gradient.copy_(part.view_as(gradient))
+
+
+def squared_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The sum of squares of all gradients, a float32 scalar."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(gradients)
+    return torch.stack([norm.float() for norm in norms]).square().sum()

@@ -1,0 +1,122 @@
+"""Process groups: named by (run, epoch, members), formed on a store that a worker hosts, never the default group.
+
+Every wait stands under a deadline, and every failure is a `PeerLost` that names the group and what was under way.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore  # the public names lack types
+
+
+class PeerLost(Exception):
+    """Communication with another worker failed; the cause is likely over there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A send under way. The tensor is kept alive until `wait` returns."""
+
+    tensor: Tensor
+    work: dist.Work
+    group: Group
+
+    def wait(self) -> None:
+        with self.group.named("send"):
+            self.work.wait(self.group.deadline)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The members of one process group; peers are named by their index among the members."""
+
+    name: str
+    members: tuple[int, ...]
+    """Ranks, in order."""
+    index: int
+    """This worker's place among the members."""
+    backend: Any  # torch's backends share no public base class
+    deadline: timedelta
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums in place over all members."""
+        with self.named("all_reduce"):
+            self.backend.allreduce([tensor]).wait(self.deadline)
+
+    def send(self, tensor: Tensor, to: int, tag: int) -> Sending:
+        """Starts to send a contiguous tensor. The receiver must ask for the same shape, type and tag."""
+        with self.named("send"):
+            return Sending(tensor, self.backend.send([tensor], to, tag), self)
+
+    def receive(self, tensor: Tensor, source: int, tag: int) -> None:
+        """Receives into a contiguous tensor, and waits for it."""
+        with self.named("receive"):
+            self.backend.recv([tensor], source, tag).wait(self.deadline)
+
+    @contextmanager
+    def named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLost(f"{what} in group {self.name} of workers {list(self.members)}: {error}") from error
+
+
+def host_store(address: str) -> tuple[TCPStore, int]:
+    """Opens a store on a free port of this one address (not of every interface). Returns it and its port."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    listener.bind((address, 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+    )
+    return store, port
+
+
+def join_store(address: str, port: int, deadline: timedelta) -> TCPStore:
+    """Connects to a store that another worker hosts."""
+    try:
+        return TCPStore(address, port, is_master=False, timeout=deadline)
+    except RuntimeError as error:
+        raise PeerLost(f"the store of the process groups at {address}:{port} cannot be reached: {error}") from error
+
+
+def form_group(
+    store: Store,
+    name: str,
+    members: Sequence[int],
+    rank: int,
+    device: torch.device,
+    own_address: str,
+    deadline: timedelta,
+) -> Group:
+    """Forms a group. Every member calls this, in the same order of groups; it returns once all have."""
+    index = list(members).index(rank)
+    prefixed = PrefixStore(name, store)
+    try:
+        backend: Any  # torch's backends share no public base class
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = deadline
+            backend = dist.ProcessGroupNCCL(prefixed, index, len(members), options)
+        else:
+            options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]
+            options._timeout = deadline
+            backend = ProcessGroupGloo(prefixed, index, len(members), options)
+    except RuntimeError as error:
+        raise PeerLost(f"group {name} of workers {list(members)} could not be formed: {error}") from error
+    return Group(name=name, members=tuple(members), index=index, backend=backend, deadline=deadline)

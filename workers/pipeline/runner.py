@@ -1,0 +1,159 @@
+"""The runner: executes one rank's instructions of any program, training and inference alike.
+
+It knows stages, channels and autograd; it knows no schedule and no algorithm. Sequences are packed, and microbatches
+differ in length: every rank knows the lengths from the request, so no shapes travel.
+
+Guarantees: a training program leaves in `.grad` the gradient of `sum over microbatches of loss(...)` on every stage;
+buffers are freed as their last reader is done; sends overlap with compute and are all complete on return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from ..data.microbatch import Microbatch
+from ..models.stage import Stage
+from ..parallel.groups import Group, Sending
+from .instructions import EdgeKind, Instruction, Op
+
+LossFunction = Callable[[Stage, Tensor, Microbatch], Tensor]
+"""From the last stage's hidden states `[1, T, H]` to a scalar; called on the last stage only."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """What a microbatch leaves between its instructions."""
+
+    received: Tensor | None = None
+    """Hidden states from the stage before, `[1, T, H]`, a leaf that collects its gradient."""
+    output: Tensor | None = None
+    """Hidden states for the next stage, or the scalar loss on the last."""
+    gradient: Tensor | None = None
+    """Of `output`, from the next stage."""
+
+
+@dataclass(slots=True)
+class Runner:
+    """Runs programs on one stage. `pipe` joins the stages of one replica by stage index; None if there is one stage."""
+
+    stage: Stage
+    pipe: Group | None
+    device: torch.device
+    dtype: torch.dtype
+    _live: dict[int, _Live] = field(default_factory=dict)
+    _sendings: list[Sending] = field(default_factory=list)
+
+    def run(
+        self,
+        instructions: Sequence[Instruction],
+        microbatches: Sequence[Microbatch],
+        loss: LossFunction,
+        reduce: Callable[[], None] | None = None,
+        step: Callable[[], None] | None = None,
+    ) -> None:
+        """Executes the instructions in order. `reduce` and `step` are called where a training program says so."""
+        training = step is not None
+        try:
+            with torch.set_grad_enabled(training):
+                for instruction in instructions:
+                    self._execute(instruction, microbatches, loss, reduce, step)
+            for sending in self._sendings:
+                sending.wait()
+            assert not self._live, f"buffers of microbatches {sorted(self._live)} were not freed"
+        finally:
+            self._live.clear()
+            self._sendings.clear()
+
+    def _execute(
+        self,
+        instruction: Instruction,
+        microbatches: Sequence[Microbatch],
+        loss: LossFunction,
+        reduce: Callable[[], None] | None,
+        step: Callable[[], None] | None,
+    ) -> None:
+        index = instruction.microbatch
+        match instruction.op:
+            case Op.FORWARD:
+                assert index is not None, "FORWARD names a microbatch"
+                self._forward(index, microbatches[index], loss, training=step is not None)
+            case Op.BACKWARD:
+                assert index is not None, "BACKWARD names a microbatch"
+                self._backward(index)
+            case Op.SEND:
+                self._send(instruction, training=step is not None)
+            case Op.RECEIVE:
+                assert index is not None, "RECEIVE names a microbatch"
+                self._receive(instruction, microbatches[index])
+            case Op.REDUCE:
+                assert reduce is not None, "a training program needs `reduce`"
+                reduce()
+            case Op.STEP:
+                assert step is not None, "a training program needs `step`"
+                step()
+            case _:
+                assert_never(instruction.op)
+
+    def _forward(self, index: int, microbatch: Microbatch, loss: LossFunction, training: bool) -> None:
+        live = self._live.setdefault(index, _Live())
+        if live.received is not None and training:
+            live.received.requires_grad_()  # without it only the last stage would train
+        hidden = self.stage(microbatch.tokens, microbatch.packed, live.received)
+        live.output = loss(self.stage, hidden, microbatch) if self.stage.is_last else hidden
+        if not training and self.stage.is_last:
+            del self._live[index]
+
+    def _backward(self, index: int) -> None:
+        live = self._live[index]
+        assert live.output is not None, "a backward follows its forward"
+        torch.autograd.backward(live.output, live.gradient)
+        live.output = live.gradient = None
+        if self.stage.is_first:
+            del self._live[index]
+
+    def _send(self, instruction: Instruction, training: bool) -> None:
+        edge, index = instruction.edge, instruction.microbatch
+        assert edge is not None, "SEND names an edge"
+        assert index is not None, "SEND names a microbatch"
+        live = self._live[index]
+        if edge.kind is EdgeKind.ACTIVATION:
+            assert live.output is not None, "an activation is sent after its forward"
+            tensor = live.output.detach()
+            if not training:
+                del self._live[index]
+        else:
+            assert live.received is not None, "a gradient goes back to where the activation came from"
+            assert live.received.grad is not None, "the backward has filled the gradient"
+            tensor = live.received.grad
+            del self._live[index]
+        self._sendings.append(self._pipe().send(tensor.contiguous(), edge.target, tag=_tag(instruction)))
+
+    def _receive(self, instruction: Instruction, microbatch: Microbatch) -> None:
+        edge, index = instruction.edge, instruction.microbatch
+        assert edge is not None, "RECEIVE names an edge"
+        assert index is not None, "RECEIVE names a microbatch"
+        tensor = torch.empty(
+            1, microbatch.num_tokens, self.stage.hidden_size, dtype=self.dtype, device=self.device
+        )  # [1, T, H]
+        self._pipe().receive(tensor, edge.source, tag=_tag(instruction))
+        live = self._live.setdefault(index, _Live())
+        if edge.kind is EdgeKind.ACTIVATION:
+            live.received = tensor
+        else:
+            live.gradient = tensor
+
+    def _pipe(self) -> Group:
+        assert self.pipe is not None, "a program with communication runs on several stages"
+        return self.pipe
+
+
+def _tag(instruction: Instruction) -> int:
+    """Of a message, the same on both ends: activations and gradients of one microbatch differ."""
+    assert instruction.microbatch is not None, "communication names a microbatch"
+    assert instruction.edge is not None, "communication names an edge"
+    return 2 * instruction.microbatch + (instruction.edge.kind is EdgeKind.GRADIENT)

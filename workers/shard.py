@@ -1,0 +1,134 @@
+"""A model's shard on this worker: a stage, its optimizer, its place, and how a call runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..api.experiments.base import PlacedModel
+from ..system.rpc.commands import Mean
+from .algorithms.base import Algorithm
+from .context import Place, ShardGroups, WorkerContext
+from .data.microbatch import Microbatch
+from .models.loading import init_stage, load_stage
+from .models.stage import Stage
+from .optimizer import clip, learning_rate, make_optimizer
+from .parallel.gradients import all_reduce_gradients, squared_norm
+from .pipeline.lowering import inference_program, training_program
+from .pipeline.runner import Runner
+
+
+class ModelShard:
+    """Owns weights and optimizer state. `version` counts the optimizer steps behind the weights."""
+
+    def __init__(self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups) -> None:
+        self.placed, self.groups = placed, groups
+        self.place = Place.of(placed, context.rank)
+        self.device = context.device
+        self.stage = _make_stage(placed, self.place, context)
+        self.version = 0
+        self._optimizer: torch.optim.AdamW | None = None
+        if placed.optimizer is not None:
+            self._optimizer = make_optimizer(list(self.stage.parameters()), placed.optimizer)
+        self._runner = Runner(self.stage, groups.pipe, context.device, torch.float32)
+
+    @property
+    def owns_outputs(self) -> bool:
+        """Whether this is the data-parallel head: the last stage of the first replica."""
+        return self.place.dp == 0 and self.stage.is_last
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Parameters, less the copies of those that another stage of the replica owns."""
+        copies = set()
+        if not self.stage.is_first:
+            copies = {id(parameter) for _, parameter in self.stage.replicated}
+            copies.add(id(self.stage.tied_embedding))
+        return [parameter for parameter in self.stage.parameters() if id(parameter) not in copies]
+
+    def train(self, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
+        """One optimizer step on this replica's share of a minibatch. Statistics are complete where `owns_outputs`."""
+        assert self._optimizer is not None, "the graph trains models with an optimizer only"
+        totals = _Totals(self, algorithm, microbatches)
+        norm: list[float] = []
+        program = training_program(self.place.layout.pp, len(microbatches))
+        self._optimizer.zero_grad(set_to_none=True)
+        self._runner.run(
+            program.ranks[self.place.pp],
+            microbatches,
+            totals.normalised_loss,
+            reduce=self._reduce,
+            step=lambda: norm.append(self._step()),
+        )
+        self.version += 1
+        statistics = totals.statistics()
+        statistics["gradient_norm"] = Mean(total=norm[0], weight=1)
+        statistics["learning_rate"] = Mean(total=self._optimizer.param_groups[0]["lr"], weight=1)
+        return statistics
+
+    def infer(self, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
+        """The loss of this replica's share, forward only. Statistics are complete where `owns_outputs`."""
+        totals = _Totals(self, algorithm, microbatches)
+        program = inference_program(self.place.layout.pp, len(microbatches))
+        self._runner.run(program.ranks[self.place.pp], microbatches, totals.normalised_loss)
+        return totals.statistics()
+
+    def _reduce(self) -> None:
+        if self.groups.data is not None:
+            all_reduce_gradients(list(self.stage.parameters()), self.groups.data)
+        if self.groups.ends is not None and self.stage.tied_embedding is not None:
+            all_reduce_gradients([self.stage.tied_embedding], self.groups.ends)
+        if self.groups.pipe is not None and self.stage.replicated:
+            all_reduce_gradients([parameter for _, parameter in self.stage.replicated], self.groups.pipe)
+
+    def _step(self) -> float:
+        """Clips and steps; returns the gradient norm before clipping, over all stages."""
+        assert self._optimizer is not None, "checked by train"
+        assert self.placed.optimizer is not None, "checked by train"
+        squares = squared_norm(self.own_parameters()).to(self.device)
+        if self.groups.pipe is not None:
+            self.groups.pipe.all_reduce(squares)
+        norm = float(squares.sqrt())
+        clip(list(self.stage.parameters()), norm, self.placed.optimizer.max_gradient_norm)
+        rate = learning_rate(self.placed.optimizer, self.version + 1)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        return norm
+
+
+class _Totals:
+    """Loss and weight of a minibatch, summed over microbatches and replicas. All zero before the last stage."""
+
+    def __init__(self, shard: ModelShard, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> None:
+        self._algorithm, self._shard = algorithm, shard
+        self._loss = torch.zeros((), device=shard.device)
+        weight = sum(map(algorithm.weight, microbatches)) if shard.stage.is_last else 0.0
+        self._weight = self._summed(torch.tensor(weight, dtype=torch.float64, device=shard.device))
+
+    def normalised_loss(self, stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+        """This microbatch's part of the minibatch's mean loss."""
+        loss = self._algorithm.loss(stage, hidden, microbatch)
+        self._loss += loss.detach()
+        return loss / max(self._weight, 1.0)
+
+    def statistics(self) -> dict[str, Mean]:
+        if not self._shard.stage.is_last:
+            return {}
+        return {"loss": Mean(total=self._summed(self._loss), weight=self._weight)}
+
+    def _summed(self, value: Tensor) -> float:
+        if self._shard.stage.is_last and self._shard.groups.data is not None:
+            self._shard.groups.data.all_reduce(value)
+        return float(value)
+
+
+def _make_stage(placed: PlacedModel, place: Place, context: WorkerContext) -> Stage:
+    model = placed.model
+    if model.path is not None:
+        make = partial(load_stage, model.path)
+    else:
+        make = partial(init_stage, model.config, context.compiled.run.seed)
+    return make(place.pp, model.layout.pp, context.device, torch.float32)

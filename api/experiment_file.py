@@ -114,8 +114,10 @@ def _digest(file: Path, module: ModuleType) -> str:
     paths = {file.resolve()}
     for other in list(sys.modules.values()):
         origin = getattr(other, "__file__", None)
-        if other is not module and origin is not None and Path(origin).resolve().parent == folder:
-            paths.add(Path(origin).resolve())
+        if other is not module and origin is not None and Path(origin).is_absolute():  # torch has made-up relative ones
+            path = Path(origin).resolve()
+            if path.parent == folder and path.is_file():
+                paths.add(path)
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())

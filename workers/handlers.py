@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import assert_never
 
@@ -34,13 +35,13 @@ from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
 from .algorithms import ALGORITHMS
 from .context import ShardGroups, WorkerContext
-from .data.source import SequenceSource
+from .data.source import Limits, SequenceSource
 from .data.store import describe
 from .data.tokenization import load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
 from .models.checkpoint import write_config, write_stage
-from .models.loading import context_length
+from .models.configs import model_limits
 from .parallel.groups import TCPStore, host_store
 from .shard import ModelShard
 
@@ -132,12 +133,13 @@ class Handlers:
 
     def _source(self, name: str, dataset: Dataset, max_tokens: int) -> SequenceSource:
         compiled = self._context.compiled
+        vocabulary = sys.maxsize
         for placed in compiled.models.values():
-            context = context_length(placed.model)
-            max_tokens = max_tokens if context is None else min(max_tokens, context)
+            context, words = model_limits(placed.model)
+            max_tokens, vocabulary = min(max_tokens, context), min(vocabulary, words)
         placed = next(iter(compiled.models.values()))
         tokenizer = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
-        return SequenceSource(name, dataset, tokenizer, max_tokens, compiled.run.seed)
+        return SequenceSource(name, dataset, tokenizer, Limits(max_tokens, vocabulary), compiled.run.seed)
 
     def _fetch(self, command: Fetch) -> Fetched:
         sequences = self._sources[command.dataset].read(command.start, command.count)

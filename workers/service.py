@@ -18,17 +18,19 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, assert_never
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 from ..api.errors import ConfigError
-from ..api.experiment_file import ExperimentFile, LoadedExperiment
+from ..api.experiment_file import ExperimentFile
 from ..system.rpc.client import Client
 from ..system.rpc.commands import Redistribute, Save, ShardFile
-from ..system.rpc.messages import PROTOCOL_VERSION, Failure, Lane, Register, Reply, Request, Success, Welcome
+from ..system.rpc.messages import PROTOCOL_VERSION, Failure, Lane, Register, Reply, Request, Success
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
 from ..system.service.logs import log_to_file
-from .handlers import Handlers
+
+if TYPE_CHECKING:
+    from .handlers import Handlers
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,7 +48,7 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> None:
         code_digest=file.code_digest,
     )
     client = Client(master, register)
-    import torch  # noqa: F401  (seconds: while the others register)
+    from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
     log_to_file(Path(welcome.log_directory) / f"worker-{welcome.rank}.log")
@@ -58,16 +60,15 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> None:
             "its experiment comes out differently here than at the master",
             "see what it depends on",
         )
-    Worker(client, welcome, loaded, register.address).run()
+    Worker(client, Handlers(welcome, loaded, register.address)).run()
     client.close()
 
 
 class Worker:
     """Executes the requests of both lanes."""
 
-    def __init__(self, client: Client, welcome: Welcome, loaded: LoadedExperiment, address: str) -> None:
-        self._client, self._welcome = client, welcome
-        self._handlers = Handlers(welcome, loaded, address)
+    def __init__(self, client: Client, handlers: Handlers) -> None:
+        self._client, self._handlers = client, handlers
 
     def run(self) -> None:
         transfer = threading.Thread(target=self._serve, args=(Lane.TRANSFER,), name="transfer", daemon=True)

@@ -55,6 +55,7 @@ class ModelShard:
         norm: list[float] = []
         program = training_program(self.place.layout.pp, len(microbatches))
         self._optimizer.zero_grad(set_to_none=True)
+        self.stage.train()
         self._runner.run(
             program.ranks[self.place.pp],
             microbatches,
@@ -70,6 +71,7 @@ class ModelShard:
 
     def infer(self, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
         """The loss of this replica's share, forward only. Statistics are complete where `owns_outputs`."""
+        self.stage.eval()
         totals = _Totals(self, algorithm, microbatches)
         program = inference_program(self.place.layout.pp, len(microbatches))
         self._runner.run(program.ranks[self.place.pp], microbatches, totals.normalised_loss)

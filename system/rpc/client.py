@@ -104,6 +104,8 @@ class Client:
                 continue
             if monitor in ready:
                 recv_monitor_message(monitor)
+                while dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
+                    self._receive(dealer.recv_multipart())
                 self._leave("the master closed its connection")
             if now_s - last_heard_s > self._welcomed.silence_s:
                 self._leave(f"the master sent no sign of life for {now_s - last_heard_s:.0f} s")

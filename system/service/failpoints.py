@@ -1,6 +1,7 @@
-"""Named places where a test can kill the process.
+"""Named places where a test can make a process fail, by the environment variable TRAINMASTER_FAILPOINT.
 
-TRAINMASTER_FAILPOINT=worker.save@1      worker of rank 1 kills itself with SIGKILL when it reaches `worker.save`
+worker.save@1           the worker of rank 1 kills itself (SIGKILL) at `worker.save`
+worker.save@1=raise     it raises `InjectedFault` there
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ import os
 import signal
 
 
+class InjectedFault(Exception):
+    """What an armed failpoint raises."""
+
+
 def failpoint(name: str, rank: int | None = None) -> None:
     """Does nothing, unless the environment names this place (and this rank)."""
-    armed = os.environ.get("TRAINMASTER_FAILPOINT")
-    if armed is not None and armed in (name, f"{name}@{rank}"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    armed, _, action = os.environ.get("TRAINMASTER_FAILPOINT", "").partition("=")
+    if armed not in (name, f"{name}@{rank}"):
+        return
+    if action == "raise":
+        raise InjectedFault(f"the failpoint {armed} is armed")
+    os.kill(os.getpid(), signal.SIGKILL)

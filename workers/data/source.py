@@ -39,25 +39,28 @@ class SourceSequence:
     """`[T]`, bool."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a sequence may be."""
+
+    tokens: int
+    """Its greatest length."""
+    vocabulary: int
+    """Tokens are below this."""
+
+
 class SequenceSource:
     """Reads `dataset` at construction. `name` (`dataset`, `evaluation`) is its field in the experiment, and in ids."""
 
     def __init__(
-        self, name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, seed: int
+        self, name: str, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits, seed: int
     ) -> None:
         self.name, self._dataset, self._seed = name, dataset, seed
         self._rows = _encoded_rows(dataset, tokenizer, f"{name}.path")
         self.lengths = np.asarray(self._rows["length"], dtype=np.int64)
         self._order: tuple[int, np.ndarray] | None = None
         longest = int(self.lengths.argmax())
-        if max_tokens is not None and self.lengths[longest] > max_tokens:
-            raise DataError(
-                f"{name}.path",
-                f"{dataset.path}:{self._rows[longest]['line']}",
-                f"this sequence has {self.lengths[longest]} tokens, over the limit of {max_tokens} "
-                "(the smaller of the model's context and microbatch_tokens)",
-                "shorten or remove the row, raise microbatch_tokens, or take a model with a longer context",
-            )
+        self._check(longest, limits)
         self.longest_id = self._id(0, longest)
 
     def __len__(self) -> int:
@@ -66,6 +69,26 @@ class SequenceSource:
     def read(self, start: int, count: int) -> list[SourceSequence]:
         """The sequences at stream positions `start ... start + count - 1`."""
         return [self._read(*divmod(position, len(self))) for position in range(start, start + count)]
+
+    def _check(self, longest: int, limits: Limits) -> None:
+        field, path = f"{self.name}.path", self._dataset.path
+        if self.lengths[longest] > limits.tokens:
+            raise DataError(
+                field,
+                f"{path}:{self._rows[longest]['line']}",
+                f"this sequence has {self.lengths[longest]} tokens, over the limit of {limits.tokens} "
+                "(the smaller of the model's context and microbatch_tokens)",
+                "shorten or remove the row, raise microbatch_tokens, or take a model with a longer context",
+            )
+        highest = np.asarray(self._rows["highest_token"])
+        outside = np.flatnonzero(highest >= limits.vocabulary)
+        if len(outside):
+            raise DataError(
+                field,
+                f"{path}:{self._rows[int(outside[0])]['line']}",
+                f"this row has token {highest[outside[0]]}, and the model's vocab_size is {limits.vocabulary}",
+                "use the tokenizer that belongs to the model, or raise vocab_size",
+            )
 
     def _read(self, number: int, place: int) -> SourceSequence:
         index = self._index(number, place)
@@ -90,7 +113,7 @@ class SequenceSource:
 
 
 def _encoded_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, field: str) -> datasets.Dataset:
-    """Rows with `tokens`, `loss_mask`, `length`, and their 1-based `line`, in memory."""
+    """Rows with `tokens`, `loss_mask`, `length`, `highest_token`, and their 1-based `line`, in memory."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -99,7 +122,7 @@ def _encoded_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, field: s
     rows = datasets.Dataset.from_json(str(dataset.path), keep_in_memory=True)
 
     def encode(batch: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:  # Any: JSON values
-        out: dict[str, list[Any]] = {"tokens": [], "loss_mask": [], "length": [], "line": []}
+        out: dict[str, list[Any]] = {"tokens": [], "loss_mask": [], "length": [], "highest_token": [], "line": []}
         for at, index in enumerate(indices):
             row: Row = {key: values[at] for key, values in batch.items()}
             encoded = encode_row(row, dataset, tokenizer, f"{dataset.path}:{lines[index]}")
@@ -113,6 +136,7 @@ def _encoded_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, field: s
             out["tokens"].append(encoded.tokens)
             out["loss_mask"].append(encoded.loss_mask)
             out["length"].append(len(encoded.tokens))
+            out["highest_token"].append(max(encoded.tokens))
             out["line"].append(lines[index])
         return out
 

@@ -57,7 +57,7 @@ class PackedBatch:
     """Where the row lives."""
 
     def __post_init__(self) -> None:
-        assert self.seqlens and min(self.seqlens) > 0, f"a packed batch wants lengths of at least 1, got {self.seqlens}"
+        assert min(self.seqlens, default=0) > 0, f"a packed batch wants lengths of at least 1, got {self.seqlens}"
 
     @cached_property
     def num_tokens(self) -> int:
@@ -101,12 +101,11 @@ _current: ContextVar[PackedPass | None] = ContextVar("trainmaster_packed_pass", 
 
 
 @contextmanager
-def packed(batch: PackedBatch) -> Iterator[PackedPass]:
-    """Let the transformers model that is called inside attend over `batch`."""
-    current = PackedPass(batch)
+def packed(current: PackedPass) -> Iterator[None]:
+    """Let the transformers model that is called inside attend over the batch of `current`."""
     token = _current.set(current)
     try:
-        yield current
+        yield
     finally:
         _current.reset(token)
 
@@ -150,7 +149,7 @@ def packed_mask(
 ) -> PackedMask:
     """The registered mask function: hands the running pass and the model's own predicate to `packed_attention`."""
     current = _current.get()
-    assert current is not None, "a packed model is called through its Stage, or inside `with packed(batch)`"
+    assert current is not None, "a packed model is called through its Stage, or inside `with packed(...)`"
     num_tokens = current.batch.num_tokens
     assert (batch_size, q_length, kv_length) == (1, num_tokens, num_tokens), (
         f"a packed batch is one row of {num_tokens} tokens; the model asks for {batch_size} x {q_length} x {kv_length}"
@@ -265,6 +264,6 @@ def _dropout_message(module: nn.Module, dropout: float) -> str:
     config = module.config.to_dict() if hasattr(module, "config") else {}
     names = [name for name, value in config.items() if "att" in name and "drop" in name and value == dropout]
     return (
-        f"{' or '.join(names) or 'attention dropout'} = {dropout}: packed attention trains without dropout of attention "
-        "weights. Set it to 0.0 in model.config, or in the config.json of the checkpoint"
+        f"{' or '.join(names) or 'attention dropout'} = {dropout}: packed attention trains without dropout of "
+        "attention weights. Set it to 0.0 in model.config, or in the config.json of the checkpoint"
     )

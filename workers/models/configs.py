@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
+from ...api.config import Model
 from ...api.errors import ConfigError, ModelError
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -30,14 +32,14 @@ def config_from_keywords(keywords: dict[str, Any]) -> PretrainedConfig:  # value
     model_type = keywords.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         similar = difflib.get_close_matches(str(model_type), CONFIG_MAPPING, n=3)
-        cure = f"did you mean {' or '.join(similar)}?" if similar else 'name one, such as "qwen2"'
+        cure = f"you may mean {' or '.join(similar)}" if similar else 'name one, such as "qwen2"'
         raise ConfigError("model.config.model_type", model_type, "must be a model type of transformers", cure)
     config_class = CONFIG_MAPPING[model_type]
     config = _construct(config_class, keywords)
     for key, value in keywords.items():
         if not _knows(config_class, config, key, keywords):
             similar = difflib.get_close_matches(key, _fields(config_class), n=1)
-            cure = f"did you mean {similar[0]}?" if similar else "remove it"
+            cure = f"you may mean {similar[0]}; else remove it" if similar else "remove it"
             raise ConfigError(f"model.config.{key}", value, f"is no keyword of {config_class.__name__}", cure)
     refuse_what_no_stage_runs(config)
     return config
@@ -65,8 +67,8 @@ def refuse_what_no_stage_runs(config: PretrainedConfig) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
     if others:
         raise ModelError(
-            f"model type {name} has layers of kind {', '.join(others)}, which carry state from one packed sequence into "
-            f"the next; use a model whose layers are all {', '.join(sorted(ATTENTION_KINDS))}"
+            f"model type {name} has layers of kind {', '.join(others)}, which cannot keep packed sequences "
+            f"apart; use a model whose layers are all {', '.join(sorted(ATTENTION_KINDS))}"
         )
 
 
@@ -85,9 +87,7 @@ def _fields(config_class: type[PretrainedConfig]) -> set[str]:
     return set(config_class.__dataclass_fields__) | set(config_class.attribute_map)
 
 
-def _knows(
-    config_class: type[PretrainedConfig], config: PretrainedConfig, key: str, keywords: dict[str, Any]
-) -> bool:
+def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: str, keywords: dict[str, Any]) -> bool:
     """Whether a keyword means anything to the class: a field, a property, or one that its constructor translates."""
     if key == "attn_implementation":  # ours to choose
         return False
@@ -99,3 +99,9 @@ def _knows(
         return True
     others = {name: value for name, value in keywords.items() if name in _fields(config_class)}
     return key in vars(_construct(config_class, others))  # read, and then set by the class itself
+
+
+def model_limits(model: Model) -> tuple[int, int]:
+    """The most tokens that a sequence of this model may have (without limit: `sys.maxsize`), and its vocabulary size."""
+    config = config_from_directory(model.path) if model.path is not None else config_from_keywords(model.config)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize, config.vocab_size

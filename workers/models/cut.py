@@ -17,9 +17,9 @@ a tied embedding (first and last) and modules outside of the author's plan, whic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,26 +30,32 @@ from . import hf_compat
 class Absent(nn.Module):
     """Stands for a module that another stage owns.
 
-    Keeps the plain attributes that some models read from their layers. An absent embedding gives zeros of the right
-    shape and dtype that take no memory; everything else passes its first float tensor through.
+    Keeps the plain attributes that some models read from their layers. Passes its first float tensor through; an absent
+    embedding, which gets none, gives zeros of the right shape, dtype and device.
     """
+
+    weight: Tensor
+    """Of an absent embedding: [0, H], for models that read its dtype or device."""
 
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
         plain = (str, int, float, tuple, type(None))
         own = set(self.__dict__)
         self.__dict__.update({k: v for k, v in old.__dict__.items() if isinstance(v, plain) and k not in own})
-        self.embedding_size: int | None = None
-        self.embedding_dtype = torch.get_default_dtype()
-        if isinstance(old, nn.Embedding):
-            self.embedding_size, self.embedding_dtype = old.embedding_dim, old.weight.dtype
+        embedding = next((module for module in old.modules() if isinstance(module, nn.Embedding)), None)
+        if embedding is not None:
+            self.register_buffer(
+                "weight", embedding.weight.detach().new_empty(0, embedding.embedding_dim), persistent=False
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | None:  # stands for any module
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if self.embedding_size is not None:
-            zero = torch.zeros((), device=tensors[0].device, dtype=self.embedding_dtype)
-            return zero.expand(*tensors[0].shape, self.embedding_size)
-        return next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                return tensor
+        if not tensors or "weight" not in self._buffers:
+            return None
+        return self.weight.new_zeros(*tensors[0].shape, self.weight.shape[1])
 
 
 class Inlet(Absent):
@@ -85,7 +91,7 @@ class Anatomy:
     after: list[str]
     """Modules that come after the layers: the final norm."""
     unplanned: list[str]
-    """Children and parameters outside of the author's plan: nobody knows when they are used, so every stage keeps them."""
+    """Children and parameters outside of the author's plan: used nobody knows when, so every stage keeps them."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def balanced_split(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
         raise ConfigError("model.layout.pp", num_stages, rule, f"set it to {num_layers} or less")
     short, num_longer = divmod(num_layers, num_stages)
     bounds = [stage * short + min(stage, num_longer) for stage in range(num_stages + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -137,9 +143,12 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
             "decoder-only model has one, so it cannot be cut into stages"
         )
     place = order.index(lists[0])
-    unplanned = [name for name in with_parameters if name not in order]
+    before, after = order[:place], order[place + 1 :]
+    if not plan:  # opt creates its final norm before its layers
+        before = [name for name in before if any(isinstance(m, nn.Embedding) for m in children[name].modules())]
+    unplanned = [name for name in with_parameters if name not in (*before, lists[0], *after)]
     unplanned += [name for name, _ in decoder.named_parameters(recurse=False)]
-    return Anatomy(decoder, order[:place], lists[0], order[place + 1 :], unplanned)
+    return Anatomy(decoder, before, lists[0], after, unplanned)
 
 
 def prune(model: PreTrainedModel, index: int, num_stages: int) -> Cut:
@@ -153,7 +162,7 @@ def prune(model: PreTrainedModel, index: int, num_stages: int) -> Cut:
     if not is_first:
         for name in anatomy.before:
             child = getattr(decoder, name)
-            if not (is_last and is_tied and child is embedding):
+            if not (is_last and is_tied and any(module is embedding for module in child.modules())):
                 setattr(decoder, name, Absent(child))
     for place, layer in enumerate(layers):
         if not first_layer <= place < end_layer:

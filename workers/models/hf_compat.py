@@ -49,7 +49,9 @@ def quiet() -> Iterator[None]:
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The `...ForCausalLM` class of a config. Raises ModelError if its type has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"model type {config.model_type!r} has no causal language model in transformers; use one that has")
+        raise ModelError(
+            f"model type {config.model_type!r} has no causal language model in transformers; use one that has"
+        )
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return found[0] if isinstance(found, tuple | list) else found
 
@@ -88,7 +90,13 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
 
     # transformers gives no types for what it passes on
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
+        try:
+            base.__init__(self, config, *args, **kwargs)
+        except KeyError as error:
+            if error.args != (config._attn_implementation,):
+                raise
+            reason = "takes no attention but its own, which cannot keep packed sequences apart; use another model type"
+            raise ModelError(f"model type {config.model_type!r} {reason}") from error
         prune(self)
         self._keys_to_ignore_on_load_unexpected = {r".*"}  # other stages' tensors
 

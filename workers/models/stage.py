@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .attention import PackedBatch, packed
+from .attention import PackedBatch, PackedPass, packed
 from .cut import Cut, balanced_split
 
 __all__ = ["Stage", "balanced_split"]
@@ -74,14 +74,20 @@ class Stage(nn.Module):
         ids [1, T] int64, on every stage; hidden [1, T, H], from the stage before, on all but the first. -> [1, T, H]:
         what the next stage takes, or, on the last stage, after the final norm: what the head takes.
         """
+        return self.run(ids, PackedPass(batch), hidden)
+
+    def run(self, ids: Tensor, current: PackedPass, hidden: Tensor | None = None) -> Tensor:
+        """`forward`, for a caller that wants to see the pass."""
         assert (hidden is None) == self.is_first, f"stage {self.index}: hidden states are for all but the first stage"
-        assert ids.shape == (1, batch.num_tokens), f"ids {list(ids.shape)} for a batch of {batch.num_tokens} tokens"
+        assert ids.shape == (1, current.batch.num_tokens), (
+            f"ids {list(ids.shape)} for a batch of {current.batch.num_tokens} tokens"
+        )
         inlet, outlet = self.cut.inlet, self.cut.outlet
         if inlet is not None:
             inlet.received = hidden
         try:
-            with packed(batch):
-                out = self.cut.decoder(input_ids=ids, **batch.model_kwargs())
+            with packed(current):
+                out = self.cut.decoder(input_ids=ids, **current.batch.model_kwargs())
             return out[0] if outlet is None else outlet.captured
         finally:  # let go of what autograd does not need
             if inlet is not None:

@@ -1,0 +1,124 @@
+"""Bad input and deaths: one clear error, a non-zero exit code within 15 s, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+from workbench import Workbench
+
+BAR_S = 15.0
+START_S = 25.0
+"""Generous time for processes to come up on a busy machine; the bar counts from the fault."""
+
+
+def check_refused(workbench: Workbench, *words: str, overrides: tuple[str, ...] = ()) -> None:
+    start_s = time.monotonic()
+    done = workbench.run(*overrides)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    for word in words:
+        assert word in errors[0]
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start_s < BAR_S
+    assert workbench.survivors() == []
+
+
+def test_malformed_json_line(workbench: Workbench) -> None:
+    path = workbench.folder / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[16] = lines[16][:-3]
+    path.write_text("\n".join(lines))
+    check_refused(workbench, "dataset.path", "train.jsonl:17", "not JSON")
+    assert not (workbench.folder / "runs" / "test").exists(), "a run that never began leaves no directory"
+
+
+def test_empty_dataset(workbench: Workbench) -> None:
+    (workbench.folder / "train.jsonl").write_text("\n")
+    check_refused(workbench, "dataset.path", "empty")
+
+
+def test_missing_file(workbench: Workbench) -> None:
+    check_refused(workbench, "evaluation.path", "nowhere.jsonl", overrides=("--evaluation.path", "nowhere.jsonl"))
+
+
+def test_sequence_longer_than_the_context(workbench: Workbench) -> None:
+    path = workbench.folder / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[5] = json.dumps({"prompt": "1+1=", "answer": "2" * 80})
+    path.write_text("\n".join(lines))
+    overrides = ("--microbatch_tokens", "1000")
+    check_refused(workbench, "train.jsonl:6", "85 tokens", "limit of 64", overrides=overrides)
+    assert not (workbench.folder / "runs" / "test").exists()
+
+
+def test_more_stages_than_layers(workbench: Workbench) -> None:
+    check_refused(workbench, "model.layout.pp = 5", "4 layers", overrides=("--model.layout.pp", "5"))
+
+
+def test_a_run_is_never_overwritten(workbench: Workbench) -> None:
+    kept = workbench.folder / "runs" / "test" / "precious"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
+    check_refused(workbench, "run.name", "exists already")
+    assert kept.read_text() == "kept"
+
+
+def test_port_in_use(workbench: Workbench) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        master = workbench.start("master", str(workbench.file), "--bind", address)
+        _, err = master.communicate(timeout=30)
+    assert master.returncode == 2
+    assert "--bind" in err
+    assert "in use" in err
+    assert not (workbench.folder / "runs" / "test").exists()
+
+
+def test_a_public_address_is_refused(workbench: Workbench) -> None:
+    master = workbench.start("master", str(workbench.file), "--bind", "tcp://0.0.0.0:5555")
+    _, err = master.communicate(timeout=30)
+    assert master.returncode == 2
+    assert "neither encrypted nor authenticated" in err
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "words"),
+    [
+        ("worker.register", ("worker process", "SIGKILL")),
+        ("worker.load_model@1", ("worker 1", "load models")),
+        ("worker.train_step@1", ("worker 1", "call train")),
+        ("worker.train_step@0", ("worker 0", "call train")),
+        ("worker.save@0", ("worker 0", "call train")),
+    ],
+)
+def test_a_killed_worker_is_named(failpoint: str, words: tuple[str, ...], workbench: Workbench) -> None:
+    start_s = time.monotonic()
+    done = workbench.run("--model.layout.dp", "2", "--run.steps", "2", TRAINMASTER_FAILPOINT=failpoint)
+    assert done.returncode == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr, "the death is the cause; what its neighbours felt is not"
+    assert time.monotonic() - start_s < START_S + BAR_S
+    assert workbench.wait_until_gone(1.0) == []
+    checkpoints = workbench.folder / "runs" / "test" / "checkpoints"
+    assert not checkpoints.exists() or not list(checkpoints.glob("step-*")), "a half-written checkpoint has no name"
+
+
+def test_an_exception_in_a_worker_reaches_the_master(workbench: Workbench) -> None:
+    done = workbench.run("--model.layout.pp", "2", TRAINMASTER_FAILPOINT="worker.train_step@1=raise")
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr
+    assert "worker 1" in done.stderr
+    assert "InjectedFault: the failpoint worker.train_step@1 is armed" in done.stderr
+    assert "logs: " in done.stderr
+    assert workbench.wait_until_gone(1.0) == []
+
+
+def test_a_token_outside_of_the_vocabulary(workbench: Workbench) -> None:
+    check_refused(workbench, "vocab_size", "train.jsonl:1", overrides=("--model.config.vocab_size", "10"))

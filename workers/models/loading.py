@@ -1,0 +1,164 @@
+"""Making stages: from a Hugging Face directory, or from nothing but a configuration and a seed.
+
+Owns: reading only one stage's tensors, and drawing weights that do not depend on the cut.
+
+Invariants: a loaded stage shares no memory with its files; an initialised one has the same weights whatever the number
+of stages, the device and what was drawn before; torch's generators are as before the call. Neither holds the whole
+model at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...api.errors import ModelError
+from . import attention, hf_compat, probe
+from .configs import config_from_directory, config_from_keywords
+from .cut import Absent, Cut, prune
+from .stage import Stage
+
+
+def load_stage(
+    path: Path, index: int, num_stages: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Stage:
+    """Read stage `index` of `num_stages` of the checkpoint in the directory `path`, in training mode.
+
+    Only safetensors, and only this stage's tensors, are read. Raises ModelError for a directory that is no checkpoint,
+    names of missing or misshapen tensors, and models that no stage can run; ConfigError for more stages than layers.
+    """
+    with hf_compat.quiet():
+        config = config_from_directory(path)
+        attention.register()
+        pruning = _Pruning(index, num_stages)
+        try:
+            with _blaming_the_cut(num_stages):
+                model, faults = hf_compat.read_pruned(path, config, pruning, attention.ATTENTION, dtype)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read as a safetensors checkpoint: {error}") from error
+        if faults:
+            raise ModelError(f"{path} does not fit its config.json: {'; '.join(faults)}")
+        _own_memory(model)
+        return _finish(model, pruning, device)
+
+
+def init_stage(
+    config: dict[str, Any],  # keywords of a foreign class
+    seed: int,
+    index: int,
+    num_stages: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Stage:
+    """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
+
+    `config` holds keywords of transformers' configuration and its "model_type". Weights are those that the model's
+    author intends, from a generator that is seeded for every module by `seed` and the module's name. Raises ConfigError
+    on `model.config.<key>`; ModelError for models that no stage can run or that leave a tensor unset.
+
+        init_stage({"model_type": "qwen2", "hidden_size": 64, ...}, seed=1, index=0, num_stages=2, device=cpu)
+    """
+    with hf_compat.quiet():
+        attention.register()
+        pruning = _Pruning(index, num_stages)
+        described = config_from_keywords(config)
+        model = hf_compat.build_pruned(described, pruning, attention.ATTENTION, dtype)
+        with _blaming_the_cut(num_stages):
+            _initialise(model, seed)
+        return _finish(model, pruning, device)
+
+
+class _Pruning:
+    """Prunes the one model that it is called with and keeps how."""
+
+    def __init__(self, index: int, num_stages: int) -> None:
+        self.index, self.num_stages = index, num_stages
+        self.cut: Cut | None = None
+
+    def __call__(self, model: PreTrainedModel) -> None:
+        self.cut = prune(model, self.index, self.num_stages)
+
+
+@contextmanager
+def _blaming_the_cut(num_stages: int) -> Iterator[None]:
+    """Some models initialise, even after loading, a module from outside of it (modernbert-decoder its head)."""
+    try:
+        yield
+    except AttributeError as error:
+        if num_stages == 1:
+            raise
+        raise ModelError(
+            f"this model type needs all of its modules at once ({error}); set model.layout.pp to 1"
+        ) from error
+
+
+def _finish(model: PreTrainedModel, pruning: _Pruning, device: torch.device) -> Stage:
+    assert pruning.cut is not None, "a model is pruned as soon as it is built"
+    cut = pruning.cut
+    if cut.has_tied_embedding and pruning.index == pruning.num_stages - 1:
+        _check_tie(model)
+    stage = Stage(model, cut, pruning.index, pruning.num_stages).to(device)
+    stage.train()
+    probe.check(stage)
+    return stage
+
+
+def _check_tie(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not model.get_input_embeddings().weight:
+        raise ModelError(
+            f"{model.config.name_or_path or type(model).__name__} says tie_word_embeddings, yet its head is not its "
+            "embedding; set tie_word_embeddings to false in its config.json"
+        )
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copy what the loader left as views of memory-mapped files: writing the files would change the model."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+
+
+def _initialise(model: PreTrainedModel, seed: int) -> None:
+    """Give a pruned model on the meta device memory and weights, on the CPU so that no device changes them."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in _tensors(model).values():
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+    untouched = {name: (tensor, tensor._version) for name, tensor in _tensors(model).items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        _draw(model, "", model, seed)
+    hf_compat.tie(model)
+    unset = []
+    for name, tensor in _tensors(model).items():
+        before, version = untouched.get(name, (None, 0))
+        if tensor.isnan().any() if tensor.is_floating_point() else (tensor is before and tensor._version == version):
+            unset.append(name)
+    if unset:
+        kind = f"model type {model.config.model_type!r}"
+        raise ModelError(f"{kind} leaves {', '.join(sorted(unset))} without initial values; load a checkpoint instead")
+
+
+def _draw(module: nn.Module, name: str, author: PreTrainedModel, seed: int) -> None:
+    """Initialise a module after its children, each from a generator seeded by its name, as the nearest author wrote."""
+    for child_name, child in module.named_children():
+        if not isinstance(child, Absent):
+            child_author = child if isinstance(child, PreTrainedModel) else author
+            _draw(child, f"{name}.{child_name}" if name else child_name, child_author, seed)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+    hf_compat.initialise_module(author, module)
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All parameters and buffers, also those that are not saved, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -261,8 +261,9 @@ def _scores_of(
 
 
 def _dropout_message(module: nn.Module, dropout: float) -> str:
-    config = module.config.to_dict() if hasattr(module, "config") else {}
-    names = [name for name, value in config.items() if "att" in name and "drop" in name and value == dropout]
+    config: Any = getattr(module, "config", None)  # most attention modules keep their model's
+    fields = {} if config is None else config.to_dict()
+    names = [name for name, value in fields.items() if "att" in name and "drop" in name and value == dropout]
     return (
         f"{' or '.join(names) or 'attention dropout'} = {dropout}: packed attention trains without dropout of "
         "attention weights. Set it to 0.0 in model.config, or in the config.json of the checkpoint"

@@ -8,6 +8,7 @@ attention. `probe` finds the rest.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from ...api.config import Model
 from ...api.errors import ConfigError, ModelError
+from . import hf_compat
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -88,7 +90,7 @@ def _fields(config_class: type[PretrainedConfig]) -> set[str]:
 
 
 def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: str, keywords: dict[str, Any]) -> bool:
-    """Whether a keyword means anything to the class: a field, a property, or one that its constructor translates."""
+    """Whether a keyword means anything to the class: a field, a property, translated, or read by its model."""
     if key == "attn_implementation":  # ours to choose
         return False
     if key in _fields(config_class) or hasattr(config_class, key):
@@ -98,10 +100,14 @@ def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: 
     if key not in vars(config):  # translated (rope_theta)
         return True
     others = {name: value for name, value in keywords.items() if name in _fields(config_class)}
-    return key in vars(_construct(config_class, others))  # read, and then set by the class itself
+    if key in vars(_construct(config_class, others)):  # read, and then set by the class itself
+        return True
+    source = inspect.getsource(sys.modules[hf_compat.causal_lm_class(config).__module__])
+    read = rf"config(\.|, \"){re.escape(key)}\b"  # qwen3_moe reads a head_dim that its configuration does not declare
+    return re.search(read, source) is not None
 
 
 def model_limits(model: Model) -> tuple[int, int]:
-    """The most tokens that a sequence of this model may have (without limit: `sys.maxsize`), and its vocabulary size."""
+    """The most tokens a sequence of this model may have (without limit: `sys.maxsize`), and its vocabulary size."""
     config = config_from_directory(model.path) if model.path is not None else config_from_keywords(model.config)
     return getattr(config, "max_position_embeddings", None) or sys.maxsize, config.vocab_size

@@ -52,7 +52,7 @@ def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise ModelError(
             f"model type {config.model_type!r} has no causal language model in transformers; use one that has"
         )
-    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class, or several of which the first is the usual one
     return found[0] if isinstance(found, tuple | list) else found
 
 
@@ -92,10 +92,10 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         try:
             base.__init__(self, config, *args, **kwargs)
-        except KeyError as error:
-            if error.args != (config._attn_implementation,):
-                raise
-            reason = "takes no attention but its own, which cannot keep packed sequences apart; use another model type"
+        except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            reason = f"cannot be built from its configuration: {type(error).__name__}: {error}"
+            if error.args == (config._attn_implementation,):  # the model looked it up among its own
+                reason = "takes no attention but its own, which cannot keep packed sequences apart; use another type"
             raise ModelError(f"model type {config.model_type!r} {reason}") from error
         prune(self)
         self._keys_to_ignore_on_load_unexpected = {r".*"}  # other stages' tensors
@@ -110,7 +110,7 @@ def read_pruned(
 
     Returns the model and what is wrong with the checkpoint: one line for each missing or misshapen tensor.
     """
-    model, report = pruned_class(causal_lm_class(config), prune).from_pretrained(
+    loaded: Any = pruned_class(causal_lm_class(config), prune).from_pretrained(  # its type depends on its arguments
         directory,
         config=config,
         attn_implementation=attention,
@@ -120,6 +120,7 @@ def read_pruned(
         local_files_only=True,
         use_safetensors=True,
     )
+    model, report = loaded
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     for name, found, wanted in sorted(report["mismatched_keys"]):
         faults.append(f"{name} has shape {list(found)} where the model has {list(wanted)}")

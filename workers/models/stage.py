@@ -56,7 +56,9 @@ class Stage(nn.Module):
         """
         if self.num_stages == 1 or not self.cut.has_tied_embedding:
             return None
-        return self.model.get_input_embeddings().weight
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, nn.Parameter), "the cut keeps a tied embedding"
+        return weight
 
     @property
     def replicated(self) -> list[tuple[str, nn.Parameter]]:
@@ -88,7 +90,10 @@ class Stage(nn.Module):
         try:
             with packed(current):
                 out = self.cut.decoder(input_ids=ids, **current.batch.model_kwargs())
-            return out[0] if outlet is None else outlet.captured
+            if outlet is None:
+                return out[0]
+            assert outlet.captured is not None, f"stage {self.index}: the decoder did not reach the end of its layers"
+            return outlet.captured
         finally:  # let go of what autograd does not need
             if inlet is not None:
                 inlet.received = None

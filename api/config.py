@@ -179,7 +179,7 @@ class RunOptions:
                 f"`steps` is given too ({self.steps})",
                 "give one and set the other to None",
             )
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ConfigError("RunOptions.name", self.name, "must be a plain folder name", "take the slashes out")
 
     @property

@@ -110,17 +110,20 @@ def _override(experiment: Experiment, overrides: Sequence[str], prog: str) -> Ex
 
 
 def _digest(file: Path, module: ModuleType) -> str:
-    folder = file.resolve().parent
+    """Of the file and of all modules in its folder and below, but for installed ones."""
+    folder, package = file.resolve().parent, Path(__file__).parents[1]
     paths = {file.resolve()}
     for other in list(sys.modules.values()):
         origin = getattr(other, "__file__", None)
-        if other is not module and origin is not None and Path(origin).is_absolute():  # torch has made-up relative ones
-            path = Path(origin).resolve()
-            if path.parent == folder and path.is_file():
-                paths.add(path)
+        if other is module or origin is None or not Path(origin).is_absolute():  # torch makes up relative ones
+            continue
+        path = Path(origin).resolve()
+        installed = path.is_relative_to(sys.prefix) or (path.is_relative_to(package) and folder == package)
+        if path.is_relative_to(folder) and path.is_file() and not installed:
+            paths.add(path)
     digest = hashlib.sha256()
     for path in sorted(paths):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -137,7 +140,11 @@ class _user_code:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, TrainmasterError) or not isinstance(error, Exception):
             return
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.file)]
+        own = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve() == self.file.resolve()
+        ]
         line = own[-1].lineno if own else getattr(error, "lineno", None)
         raise ConfigError(
             "FILE",

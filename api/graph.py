@@ -75,6 +75,10 @@ class Graph:
         self._call = {call.name: call for call in calls}
         if len(self._call) < len(calls):
             raise ConfigError(f"graph {name}", [call.name for call in calls], "call names must be unique", "rename one")
+        if DATASET in self._call:
+            raise ConfigError(
+                f"graph {name}", DATASET, "a call cannot have the name of the graph's source", "rename it"
+            )
         for call in calls:
             for key in call.outputs:
                 if key in self._producer:

@@ -80,7 +80,12 @@ def _check_model(model: Model, field: str) -> None:
             "name the tokenizer's directory",
         )
     for name in _LAYER_COUNTS:
-        if name in config and model.layout.pp > config[name]:
+        num_layers = config.get(name)
+        if num_layers is None:
+            continue
+        if not isinstance(num_layers, int):
+            raise ConfigError(f"{field}.config.{name}", num_layers, "must be a whole number", "write it without quotes")
+        if model.layout.pp > num_layers:
             raise ConfigError(
-                f"{field}.layout.pp", model.layout.pp, f"the model has only {config[name]} layers", "lower it"
+                f"{field}.layout.pp", model.layout.pp, f"the model has only {num_layers} layers", "lower it"
             )

@@ -19,11 +19,11 @@ experiment = SFT(
         config={
             "model_type": "qwen2",
             "vocab_size": VOCABULARY_SIZE,
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
             "bos_token_id": None,
@@ -34,7 +34,7 @@ experiment = SFT(
     ),
     dataset=Dataset(path=Path("gsm8k/train.jsonl"), prompt="question", answer="answer", separator="\n"),
     optimizer=Optimizer(learning_rate=1e-3, warmup_steps=20),
-    batch_size=32,
+    batch_size=16,
     microbatch_tokens=2048,
     run=RunOptions(name="gsm8k-sft", steps=100, save_every=50),
 )
@@ -42,9 +42,13 @@ experiment = SFT(
 
 def prepare(experiment: SFT) -> None:
     """Trains a byte-level BPE tokenizer on the dataset, unless there is one."""
-    directory = experiment.model.tokenizer
-    if directory is None or directory.exists() or not experiment.dataset.path.is_file():
-        return
+    directory, dataset = experiment.model.tokenizer, experiment.dataset
+    if directory is not None and not directory.exists() and dataset.path.is_file():
+        train_tokenizer(dataset.path, (dataset.prompt, dataset.answer), directory)
+
+
+def train_tokenizer(path: Path, fields: tuple[str, ...], directory: Path) -> None:
+    """Written aside, then renamed: another process may be at it too, and whoever comes second keeps what is there."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -56,11 +60,10 @@ def prepare(experiment: SFT) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    rows = [json.loads(line) for line in experiment.dataset.path.read_text().splitlines() if line.strip()]
-    fields = (experiment.dataset.prompt, experiment.dataset.answer)
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     tokenizer.train_from_iterator((row[field] for row in rows for field in fields if field in row), trainer)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:  # written aside: other processes may be at it too
+    with tempfile.TemporaryDirectory(dir=directory.parent) as folder:
         aside = Path(folder) / "tokenizer"
         aside.mkdir()
         tokenizer.save(str(aside / "tokenizer.json"))

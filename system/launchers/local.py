@@ -143,7 +143,7 @@ def _is_over(children: list[Child]) -> bool:
 def _obituary(child: Child) -> str:
     code = child.ended.result()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    text = f"{child.name} (pid {child.process.pid}) {how}; its output is in {child.output}\n"
+    text = f"error: {child.name} (pid {child.process.pid}) {how}; its output is in {child.output}\n"
     if child.output is not None:
         last = child.output.read_text(errors="replace").splitlines()[-15:]
         text += "".join(f"  | {line}\n" for line in last)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class ProgressLine:
@@ -28,12 +28,14 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """A line, its markup taken literally."""
-        self.console.print(escape(text))
+        self.console.print(Text(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+        table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(Text(column))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.console.print(table)
 
     def start(self, num_steps: int) -> None:

@@ -22,7 +22,7 @@ HEADER = b"TRAINMASTER" + PROTOCOL_VERSION.to_bytes(2, "big")
 
 def encode(message: Message) -> list[bytes]:
     """Header and body."""
-    body: bytes = msgpack.packb(MESSAGES.dump_python(message))
+    body: bytes = msgpack.packb(MESSAGES.dump_python(message), unicode_errors="backslashreplace")
     if len(body) > MAX_BODY_BYTES:
         raise ProtocolError(f"a {message.type} message of {len(body)} bytes is over the limit of {MAX_BODY_BYTES}")
     return [HEADER, body]

@@ -70,6 +70,7 @@ class Peer:
     welcomed: bool = False
     """A worker sends heartbeats from its welcome on."""
     pending: dict[int, _Pending] = field(default_factory=dict)
+    lost: WorkerLost | None = None
 
     def __str__(self) -> str:
         name = "a worker" if self.rank is None else f"worker {self.rank}"
@@ -90,6 +91,7 @@ class Server:
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.setsockopt(
             zmq.ROUTER_MANDATORY, 1
         )  # a send to a closed connection is an error: how we learn of it
@@ -181,6 +183,9 @@ class Server:
         self._num_requests += 1
         identity = self._num_requests
         future: asyncio.Future[Answer] = self._future()
+        if peer.lost is not None:
+            future.set_exception(peer.lost)
+            return future
         timer = self._loop.call_later(deadline_s, self._late, peer, identity, deadline_s)
         peer.pending[identity] = _Pending(name, future, timer)
         request = Request(
@@ -307,6 +312,7 @@ class Server:
         during = ", ".join(dict.fromkeys(pending.name for pending in peer.pending.values()))
         error = WorkerLost(f"{peer} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
         logger.error("%s", error)
+        peer.lost = error
         for pending in peer.pending.values():
             pending.timer.cancel()
             if not pending.future.done():

@@ -39,7 +39,10 @@ def own_address(master: str) -> str:
         return "127.0.0.1"
     match = _TCP.fullmatch(master)
     assert match is not None, f"{master} was checked before"
-    family, kind, _, _, target = socket.getaddrinfo(_host(master), int(match["port"]), type=socket.SOCK_DGRAM)[0]
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(_host(master), int(match["port"]), type=socket.SOCK_DGRAM)[0]
+    except OSError as error:
+        raise ConfigError("--master", master, f"the host cannot be found: {error}", "correct the name") from None
     with socket.socket(family, kind) as probe:
         probe.connect(target)  # a datagram socket sends nothing: this only looks the route up
         return str(probe.getsockname()[0])

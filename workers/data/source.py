@@ -7,10 +7,9 @@ Pass p of a dataset of N sequences fills positions `p*N ... (p+1)*N - 1` of the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +17,15 @@ from torch import Tensor
 
 from ...api.config import Dataset
 from ...api.errors import DataError
-from ...api.json_lines import check_json_lines
-from .tokenization import Row, encode_row
+from ...api.json_lines import read_json_lines
+from .tokenization import encode_rows
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-MAX_BATCH_ROWS = 1000
+CHUNK_ROWS = 1000
+"""Rows that are tokenised together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,43 +116,21 @@ def _encoded_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, field: s
     """Rows with `tokens`, `loss_mask`, `length`, `highest_token`, and their 1-based `line`, in memory."""
     import datasets
 
-    datasets.disable_progress_bars()
-    check_json_lines(dataset, field)
-    lines = _line_numbers(dataset.path)
-    rows = datasets.Dataset.from_json(str(dataset.path), keep_in_memory=True)
-
-    def encode(batch: dict[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:  # Any: JSON values
-        out: dict[str, list[Any]] = {"tokens": [], "loss_mask": [], "length": [], "highest_token": [], "line": []}
-        for at, index in enumerate(indices):
-            row: Row = {key: values[at] for key, values in batch.items()}
-            encoded = encode_row(row, dataset, tokenizer, f"{dataset.path}:{lines[index]}")
-            if not any(encoded.loss_mask[1:]):
-                raise DataError(
-                    field,
-                    f"{dataset.path}:{lines[index]}",
-                    "this row has no token to learn",
-                    "correct or remove the row",
-                )
-            out["tokens"].append(encoded.tokens)
-            out["loss_mask"].append(encoded.loss_mask)
-            out["length"].append(len(encoded.tokens))
-            out["highest_token"].append(max(encoded.tokens))
-            out["line"].append(lines[index])
-        return out
-
-    return rows.map(
-        encode,
-        with_indices=True,
-        batched=True,
-        batch_size=MAX_BATCH_ROWS,
-        remove_columns=rows.column_names,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="tokenised",  # nothing is cached, so nothing needs to be hashed
-    )
-
-
-def _line_numbers(path: Path) -> list[int]:
-    """The 1-based line of each row: blank lines are no rows."""
-    with path.open("rb") as file:
-        return [number for number, line in enumerate(file, start=1) if line.strip()]
+    parts = []
+    rows = read_json_lines(dataset, field)
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        lines = [line for line, _ in chunk]
+        where = [f"{dataset.path}:{line}" for line in lines]
+        encoded = encode_rows([row for _, row in chunk], dataset, tokenizer, where)
+        for at, sequence in zip(where, encoded, strict=True):
+            if not any(sequence.loss_mask[1:]):
+                raise DataError(field, at, "this row has no token to learn", "correct or remove the row")
+        columns = {
+            "tokens": [sequence.tokens for sequence in encoded],
+            "loss_mask": [sequence.loss_mask for sequence in encoded],
+            "length": [len(sequence.tokens) for sequence in encoded],
+            "highest_token": [max(sequence.tokens) for sequence in encoded],
+            "line": lines,
+        }
+        parts.append(datasets.Dataset.from_dict(columns))
+    return datasets.concatenate_datasets(parts)

@@ -6,18 +6,19 @@ chat                 [up to the assistant's turn | no loss] [its turn | loss] [.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from ...api.config import Dataset
 from ...api.errors import ConfigError, DataError
+from ...api.json_lines import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Row = Mapping[str, Any]  # Any: a JSON object of the user's
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +50,54 @@ def load_tokenizer(path: Path, field: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_row(row: Row, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoded:
-    """One row as a sequence. `where` names the row in errors. Raises `DataError`."""
+def encode_rows(
+    rows: Sequence[Row], dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: Sequence[str]
+) -> list[Encoded]:
+    """Rows as sequences. `where` names each row in errors. Raises `DataError`; `ConfigError` for no chat template."""
     if dataset.messages is not None:
-        return _encode(_chat_segments(row, dataset.messages, tokenizer, where), tokenizer, end=False)
-    prompt, answer = _text(row, dataset.prompt, where), _text(row, dataset.answer, where)
-    segments = [Segment(prompt + dataset.separator, False), Segment(answer, True)]
-    return _encode(segments, tokenizer, end=True)
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "dataset.messages",
+                dataset.messages,
+                "the tokenizer has no chat template to render chats with",
+                "use the tokenizer of a chat model, or add chat_template.jinja to its directory",
+            )
+        chats = [_chat_segments(row, dataset.messages, tokenizer, at) for row, at in zip(rows, where, strict=True)]
+        return _encode(chats, tokenizer, is_chat=True)
+    pairs = [
+        [
+            Segment(_text(row, dataset.prompt, at) + dataset.separator, False),
+            Segment(_text(row, dataset.answer, at), True),
+        ]
+        for row, at in zip(rows, where, strict=True)
+    ]
+    return _encode(pairs, tokenizer, is_chat=False)
 
 
-def _encode(segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, end: bool) -> Encoded:
-    tokens: list[int] = []
-    loss_mask: list[bool] = []
-    for at, segment in enumerate(segments):
-        # a chat template writes its own special tokens; a plain prompt gets the tokenizer's beginning
-        special = end and at == 0
-        ids = tokenizer(segment.text, add_special_tokens=special)["input_ids"]
-        if special and ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]  # some tokenizers close what they open: the answer goes on here
-        tokens += ids
-        loss_mask += [segment.has_loss] * len(ids)
-    if end and tokenizer.eos_token_id is not None:
-        tokens.append(tokenizer.eos_token_id)
-        loss_mask.append(True)
-    return Encoded(tokens, loss_mask)
+def _encode(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> list[Encoded]:
+    """A chat template writes its own special tokens; a plain pair gets the tokenizer's beginning and an end."""
+    texts = [segment.text for row in rows for segment in row]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    beginning = [] if is_chat else _beginning(tokenizer)
+    end = [] if is_chat or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = []
+    for row in rows:
+        tokens, loss_mask = list(beginning), [False] * len(beginning)
+        for segment in row:
+            part = next(ids)
+            tokens += part
+            loss_mask += [segment.has_loss] * len(part)
+        encoded.append(Encoded(tokens + end, loss_mask + [True] * len(end)))
+    return encoded
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer writes before every text."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("x", add_special_tokens=True)["input_ids"]
+    starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+    assert starts, "special tokens stand around a text, not in it"
+    return whole[: starts[0]]
 
 
 def _chat_segments(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[Segment]:
@@ -88,15 +113,21 @@ def _chat_segments(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, whe
             'must be a list of {"role": text, "content": text}',
             "correct the row, or name another field by dataset.messages",
         )
-    # `datasets` fills keys that a message lacks with None: a template must not see those
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{where}, field {field}", messages, "has no assistant's turn to learn", "add one, or drop the row"
         )
 
     def render(count: int, prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        try:
+            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            raise DataError(
+                f"{where}, field {field}",
+                messages,
+                f"the tokenizer's chat template refuses it: {error}",
+                "correct the row, or use a template that takes it",
+            ) from error
         assert isinstance(text, str), "tokenize=False gives text"
         return text
 

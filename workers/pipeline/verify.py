@@ -25,7 +25,9 @@ def verify(program: Program) -> None:
     while progress:
         progress = False
         for rank, instructions in enumerate(program.ranks):
-            while at[rank] < len(instructions) and _can_run(instructions[at[rank]], done, channels):
+            while at[rank] < len(instructions) and _can_run(
+                instructions[at[rank]], len(program.ranks) - 1, done, channels
+            ):
                 _run(instructions[at[rank]], done, channels)
                 at[rank] += 1
                 progress = True
@@ -40,6 +42,11 @@ def verify(program: Program) -> None:
 def _check_counts(program: Program) -> None:
     training = any(instruction.op is Op.BACKWARD for rank in program.ranks for instruction in rank)
     for stage, instructions in enumerate(program.ranks):
+        for instruction in instructions:
+            _check_place(program, instruction, stage)
+        for instruction, times in Counter(instructions).items():
+            if times > 1:
+                raise ProgramError(f"{program.name}: {instruction} stands {times} times in rank {stage}")
         counts: Counter[tuple[Op, int | None]] = Counter(
             (each.op, each.microbatch) for each in instructions if each.op in (Op.FORWARD, Op.BACKWARD)
         )
@@ -58,17 +65,30 @@ def _check_counts(program: Program) -> None:
             raise ProgramError(f"{program.name}: rank {stage} must end in one REDUCE and one STEP, not {ends}")
 
 
-def _can_run(instruction: Instruction, done: set[Instruction], channels: dict[Edge, deque[int | None]]) -> bool:
+def _check_place(program: Program, instruction: Instruction, stage: int) -> None:
+    """Every instruction is of its rank's stage, and its edge starts or ends there."""
+    edge = instruction.edge
+    if edge is None:
+        fits = instruction.op not in (Op.SEND, Op.RECEIVE)
+    else:
+        own, other = (edge.source, edge.target) if instruction.op is Op.SEND else (edge.target, edge.source)
+        fits = own == stage and abs(own - other) == 1 and 0 <= other < len(program.ranks)
+    if instruction.stage != stage or not fits:
+        raise ProgramError(f"{program.name}: {instruction} cannot stand in rank {stage} of {len(program.ranks)}")
+
+
+def _can_run(
+    instruction: Instruction, last_stage: int, done: set[Instruction], channels: dict[Edge, deque[int | None]]
+) -> bool:
     stage, microbatch, edge = instruction.stage, instruction.microbatch, instruction.edge
     match instruction.op:
         case Op.FORWARD:
             arrives = Instruction(Op.RECEIVE, stage, microbatch, Edge(EdgeKind.ACTIVATION, stage - 1, stage))
             return stage == 0 or arrives in done
         case Op.BACKWARD:
-            # the stage's last rank starts a backward from its own forward, the others from a received gradient
-            sent = Instruction(Op.SEND, stage, microbatch, Edge(EdgeKind.ACTIVATION, stage, stage + 1))
+            # the last stage starts a backward from its own loss, the others from a received gradient
             arrives = Instruction(Op.RECEIVE, stage, microbatch, Edge(EdgeKind.GRADIENT, stage + 1, stage))
-            return Instruction(Op.FORWARD, stage, microbatch) in done and (sent not in done or arrives in done)
+            return Instruction(Op.FORWARD, stage, microbatch) in done and (stage == last_stage or arrives in done)
         case Op.SEND:
             assert edge is not None, "a SEND has an edge"
             op = Op.FORWARD if edge.kind is EdgeKind.ACTIVATION else Op.BACKWARD

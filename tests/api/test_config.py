@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.errors import ConfigError
+
+
+def test_a_layout_counts_its_workers():
+    assert Layout(dp=3, pp=2).num_workers == 6
+    assert Layout().num_workers == 1
+
+
+@pytest.mark.parametrize("axis", ["tp", "sp"])
+def test_a_layout_refuses_axes_that_this_version_does_not_run(axis: str):
+    with pytest.raises(ConfigError, match=rf"Layout\.{axis} = 2: this version runs 1 only\. Set it to 1 and spread"):
+        Layout(**{axis: 2})
+
+
+@pytest.mark.parametrize("axis", ["dp", "pp", "tp", "sp"])
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_a_layout_refuses_sizes_that_are_no_counts(axis: str, size: float):
+    with pytest.raises(ConfigError, match=rf"Layout\.{axis} = {size}: input should be .*\. Correct this field\."):
+        Layout(**{axis: size})
+
+
+def test_a_model_needs_a_path_or_a_config():
+    with pytest.raises(ConfigError, match=r"Model\.path = None: exactly one of .* must be given\. Give one"):
+        Model()
+
+
+def test_a_model_refuses_both_a_path_and_a_config():
+    with pytest.raises(ConfigError, match=r"Model\.path = 'here': exactly one of .* must be given\. Give one"):
+        Model(path=Path("here"), config={"model_type": "qwen2"}, tokenizer=Path("there"))
+
+
+def test_a_config_names_its_model_type():
+    with pytest.raises(ConfigError, match=r"Model\.config = \['hidden_size'\]: must name a `model_type`\. Add for ex"):
+        Model(config={"hidden_size": 8}, tokenizer=Path("there"))
+
+
+def test_a_model_from_a_config_needs_a_tokenizer():
+    with pytest.raises(ConfigError, match=r"Model\.tokenizer = None: a model from a config brings no tokenizer\. Name"):
+        Model(config={"model_type": "qwen2"})
+
+
+def test_the_tokenizer_is_by_default_the_models():
+    assert Model(path=Path("here")).tokenizer_path == Path("here")
+    assert Model(path=Path("here"), tokenizer=Path("there")).tokenizer_path == Path("there")
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_betas_are_below_one(name: str):
+    with pytest.raises(ConfigError, match=rf"Optimizer\.{name} = 1\.0: must be below 1\. Use a value such as"):
+        Optimizer(**{name: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0),
+        ("warmup_steps", -1),
+        ("beta1", -0.1),
+        ("beta2", -0.1),
+        ("epsilon", 0),
+        ("weight_decay", -1),
+        ("max_gradient_norm", 0),
+    ],
+)
+def test_the_optimizers_ranges(name: str, value: float):
+    with pytest.raises(ConfigError, match=rf"Optimizer\.{name} = {value}: input should be greater"):
+        Optimizer(**{name: value})
+
+
+def test_clipping_can_be_turned_off():
+    assert Optimizer(max_gradient_norm=None).max_gradient_norm is None
+
+
+def test_a_dataset_takes_a_path_as_text():
+    assert Dataset(path="train.jsonl").path == Path("train.jsonl")
+
+
+@pytest.mark.parametrize("name", ["register_s", "setup_s", "call_s", "silence_s"])
+def test_deadlines_are_positive(name: str):
+    with pytest.raises(ConfigError, match=rf"Deadlines\.{name} = 0: input should be greater than 0"):
+        Deadlines(**{name: 0})
+
+
+def test_a_run_has_steps_or_passes():
+    with pytest.raises(ConfigError, match=r"RunOptions\.passes = 2\.0: `steps` is given too \(3\)\. Give one"):
+        RunOptions(steps=3, passes=2.0)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "/a", "..", ".", "a/"])
+def test_a_runs_name_is_a_folder_name(name: str):
+    with pytest.raises(ConfigError, match=r"RunOptions\.name = '.*': must be a plain folder name\. Take the slashes"):
+        RunOptions(name=name)
+
+
+@pytest.mark.parametrize("name", ["steps", "passes", "save_every", "evaluate_every", "workers", "threads"])
+def test_the_counts_of_a_run_are_positive(name: str):
+    with pytest.raises(ConfigError, match=rf"RunOptions\.{name} = 0: input should be greater than 0"):
+        RunOptions(**{name: 0})
+
+
+def test_a_seed_is_not_negative():
+    with pytest.raises(ConfigError, match=r"RunOptions\.seed = -1"):
+        RunOptions(seed=-1)
+
+
+def test_the_run_directory():
+    assert RunOptions(name="first", directory="runs").path == Path("runs/first")

@@ -1,0 +1,208 @@
+"""The client in a process of its own (it ends its process when the master is gone), against a bare ROUTER."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from trainmaster.system.rpc import codec
+from trainmaster.system.rpc.commands import Done, HostStore
+from trainmaster.system.rpc.messages import (
+    Heartbeat,
+    Lane,
+    Message,
+    Ping,
+    Refuse,
+    Register,
+    Reply,
+    Request,
+    Shutdown,
+    Success,
+    Welcome,
+)
+
+SCRIPT = """
+import sys, threading
+from trainmaster.api.errors import TrainmasterError
+from trainmaster.system.rpc import client as module
+from trainmaster.system.rpc.commands import Done
+from trainmaster.system.rpc.messages import Lane, Register, Reply, Success
+
+module.HEARTBEAT_S = 0.05
+address, behaviour = sys.argv[1:]
+module._SHUTDOWN_GRACE_S = 0.05 if behaviour == "busy" else 5.0
+client = module.Client(address, Register(
+    protocol=1, host="here", pid=7, incarnation="i", address="127.0.0.1", code_digest="digest"
+))
+try:
+    welcome = client.welcome(0.1 if behaviour == "impatient" else 5.0)
+except TrainmasterError as error:
+    print(type(error).__name__, error)
+    sys.exit(0)
+while behaviour == "busy":
+    pass
+order = (Lane.TRANSFER, Lane.COMPUTE) if behaviour == "transfer first" else (Lane.COMPUTE, Lane.TRANSFER)
+for lane in order:
+    while (request := client.next_request(lane)) is not None:
+        outcome = Success(result=Done())
+        client.reply(Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds={}))
+        if behaviour == "transfer first":
+            break
+while behaviour == "transfer first" and client.next_request(Lane.COMPUTE) is not None:
+    pass
+client.close()
+print("over")
+"""
+RUN, EPOCH = "first", 3
+
+
+class Master:
+    """A ROUTER socket and one worker's process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.context = zmq.Context()
+        self.router = self.context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.RCVTIMEO, 10_000)
+        self.address = f"ipc://{folder}/master"
+        self.router.bind(self.address)
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, behaviour: str = "") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, self.address, behaviour],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.route, *frames = self.router.recv_multipart()
+        assert isinstance(codec.decode(frames), Register)
+
+    def send(self, message: Message) -> None:
+        self.router.send_multipart([self.route, *codec.encode(message)])
+
+    def receive(self) -> Message:
+        return codec.decode(self.router.recv_multipart()[1:])
+
+    def reply(self) -> Reply:
+        while not isinstance(message := self.receive(), Reply):
+            assert message == Heartbeat(run=RUN, epoch=EPOCH)
+        return message
+
+    def ended(self) -> tuple[int, str, str]:
+        """Exit code, standard output and error."""
+        assert self.process is not None
+        out, err = self.process.communicate(timeout=10)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def master(tmp_path: Path) -> Iterator[Master]:
+    made = Master(tmp_path)
+    yield made
+    if made.process is not None:
+        made.process.kill()
+        made.process.communicate()
+    made.context.destroy(linger=0)
+
+
+def welcome(silence_s: float = 10.0) -> Welcome:
+    return Welcome(
+        run=RUN,
+        epoch=EPOCH,
+        rank=0,
+        num_workers=1,
+        num_local_workers=1,
+        overrides=(),
+        experiment_digest="",
+        log_directory="",
+        silence_s=silence_s,
+    )
+
+
+def request(identity: int, lane: Lane = Lane.COMPUTE, run: str = RUN, epoch: int = EPOCH) -> Request:
+    return Request(run=run, epoch=epoch, id=identity, lane=lane, command=HostStore())
+
+
+def test_a_life_from_welcome_to_shutdown(master: Master):
+    master.start()
+    master.send(welcome())
+    master.send(Ping())
+    master.send(request(4))
+    assert master.reply() == Reply(run=RUN, epoch=EPOCH, id=4, outcome=Success(result=Done()), seconds={})
+    master.send(Shutdown(reason="the run is over"))
+    assert master.ended()[:2] == (0, "over\n")
+
+
+def test_requests_of_other_lives_garbage_and_foreign_messages_are_dropped(master: Master):
+    master.start()
+    master.send(welcome())
+    master.send(request(1, epoch=EPOCH - 1))
+    master.send(request(2, run="other"))
+    master.router.send_multipart([master.route, b"garbage"])
+    master.send(Heartbeat(run=RUN, epoch=EPOCH))
+    master.send(request(4))
+    assert master.reply().id == 4
+
+
+def test_lanes_are_queues_of_their_own(master: Master):
+    master.start("transfer first")
+    master.send(welcome())
+    master.send(request(1, Lane.COMPUTE))
+    master.send(request(2, Lane.TRANSFER))
+    assert [master.reply().id, master.reply().id] == [2, 1]
+
+
+def test_heartbeats_go_on_while_the_process_computes(master: Master):
+    master.start("busy")
+    master.send(welcome())
+    for _ in range(3):
+        assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+
+
+def test_a_busy_worker_leaves_after_a_shutdown(master: Master):
+    master.start("busy")
+    master.send(welcome())
+    assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+    master.send(Shutdown(reason="the run is over"))
+    assert master.ended()[:2] == (0, "")
+
+
+def test_a_refusal_is_a_config_error(master: Master):
+    master.start()
+    master.send(Refuse(reason="the run has its 1 workers already"))
+    code, out, _ = master.ended()
+    assert code == 0
+    assert out.startswith(f"ConfigError --master = '{master.address}': the master refused this worker: the run has its")
+
+
+def test_a_shutdown_before_the_welcome_is_a_run_error(master: Master):
+    master.start()
+    master.send(Shutdown(reason="another worker was lost"))
+    assert master.ended()[:2] == (0, "RunError the master is shutting down: another worker was lost\n")
+
+
+def test_a_master_that_does_not_answer_is_named(master: Master):
+    master.start("impatient")
+    code, out, _ = master.ended()
+    assert code == 0
+    assert out.startswith(f"RunError no master answered at {master.address} within 0.1 s (run.deadlines.register_s)")
+
+
+def test_a_lost_master_ends_the_process(master: Master):
+    master.start("busy")
+    master.send(welcome())
+    assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+    master.router.close(linger=0)
+    code, _, err = master.ended()
+    assert code == 3
+    assert "the master closed its connection: this worker ends" in err
+
+
+def test_a_silent_master_ends_the_process(master: Master):
+    master.start("busy")
+    master.send(welcome(silence_s=0.2))
+    code, _, err = master.ended()
+    assert code == 3
+    assert "the master sent no sign of life for 0 s: this worker ends" in err

@@ -1,0 +1,361 @@
+import tracemalloc
+from typing import get_args
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trainmaster.api.batch import KeyColumn, Samples
+from trainmaster.api.errors import ProtocolError
+from trainmaster.api.graph import CallKind
+from trainmaster.system.rpc import codec
+from trainmaster.system.rpc.commands import (
+    CallDone,
+    CallModel,
+    Command,
+    DatasetOpened,
+    Done,
+    Fetch,
+    Fetched,
+    Hook,
+    HostStore,
+    JoinGroups,
+    LoadModel,
+    Mean,
+    ModelLoaded,
+    OpenDataset,
+    Parcel,
+    Redistribute,
+    Release,
+    Result,
+    Save,
+    ShardFile,
+    StoreAddress,
+    Transfer,
+)
+from trainmaster.system.rpc.messages import (
+    Failure,
+    Heartbeat,
+    Lane,
+    Message,
+    Ping,
+    Refuse,
+    Register,
+    Reply,
+    Request,
+    Shutdown,
+    Success,
+    Welcome,
+)
+
+text = st.text(max_size=8)
+counts = st.integers(0, 2**63 - 1)
+integers = st.integers(-(2**63), 2**63 - 1)
+positive = st.floats(0, 1e300)
+
+
+def tuples(items: st.SearchStrategy, max_size: int = 3) -> st.SearchStrategy:
+    return st.lists(items, max_size=max_size).map(tuple)
+
+
+samples = st.builds(
+    Samples,
+    ids=tuples(text),
+    keys=st.dictionaries(
+        text,
+        st.builds(KeyColumn, dtype=text, lengths=tuples(integers), trailing=tuples(integers)),
+        max_size=2,
+    ),
+)
+parcels = st.builds(Parcel, peer=integers, samples=samples)
+redistributes = st.builds(Redistribute, tag=counts, sends=tuples(parcels, 2), receives=tuples(parcels, 2))
+hooks = st.one_of(redistributes, st.builds(Save, model=text, directory=text))
+commands = st.one_of(
+    st.just(HostStore()),
+    st.builds(JoinGroups, store_host=text, store_port=integers),
+    st.builds(LoadModel, model=text),
+    st.builds(OpenDataset, dataset=text),
+    st.builds(Fetch, dataset=text, start=counts, count=counts),
+    st.builds(
+        CallModel,
+        call=text,
+        model=text,
+        kind=st.sampled_from(CallKind),
+        algorithm=text,
+        microbatches=tuples(samples, 2),
+    ),
+    st.builds(Transfer, redistribute=redistributes),
+    st.builds(Release, ids=tuples(text)),
+)
+means = st.builds(Mean, total=st.floats(allow_nan=False), weight=st.floats(-1e300, 1e300))
+results = st.one_of(
+    st.just(Done()),
+    st.builds(StoreAddress, host=text, port=integers),
+    st.builds(ModelLoaded, num_parameters=counts),
+    st.builds(DatasetOpened, num_sequences=counts, num_tokens=counts, longest=counts, longest_id=text),
+    st.builds(Fetched, samples=samples),
+    st.builds(CallDone, statistics=st.dictionaries(text, means, max_size=2), version=counts),
+)
+shard_files = st.builds(ShardFile, tensors=tuples(text), file=text, size_bytes=counts)
+outcomes = st.one_of(
+    st.builds(Success, result=results, files=tuples(shard_files)),
+    st.builds(Failure, kind=text, message=text, traceback=text, field=st.none() | text, value=text, rule=text),
+)
+MESSAGES = {
+    Register: st.builds(
+        Register, protocol=integers, host=text, pid=integers, incarnation=text, address=text, code_digest=text
+    ),
+    Heartbeat: st.builds(Heartbeat, run=text, epoch=counts),
+    Reply: st.builds(
+        Reply, run=text, epoch=counts, id=counts, outcome=outcomes, seconds=st.dictionaries(text, positive, max_size=2)
+    ),
+    Welcome: st.builds(
+        Welcome,
+        run=text,
+        epoch=counts,
+        rank=counts,
+        num_workers=integers,
+        num_local_workers=integers,
+        overrides=tuples(text),
+        experiment_digest=text,
+        log_directory=text,
+        silence_s=positive,
+    ),
+    Refuse: st.builds(Refuse, reason=text),
+    Ping: st.just(Ping()),
+    Request: st.builds(
+        Request,
+        run=text,
+        epoch=counts,
+        id=counts,
+        lane=st.sampled_from(Lane),
+        command=commands,
+        pre_hooks=tuples(hooks, 2),
+        post_hooks=tuples(hooks, 2),
+    ),
+    Shutdown: st.builds(Shutdown, reason=text),
+}
+COLUMN = KeyColumn(dtype="int64", lengths=(3, 4), trailing=(2,))
+REQUEST = Request(
+    run="first",
+    epoch=1,
+    id=5,
+    lane=Lane.COMPUTE,
+    command=CallModel(
+        call="train",
+        model="actor",
+        kind=CallKind.TRAIN_STEP,
+        algorithm="sft",
+        microbatches=(Samples(ids=("a", "b"), keys={"tokens": COLUMN}),),
+    ),
+    pre_hooks=(Redistribute(tag=1, sends=(Parcel(peer=1, samples=Samples(ids=("a",), keys={})),)),),
+    post_hooks=(Save(model="actor", directory="here"),),
+)
+
+
+def body_of(message: Message) -> bytes:
+    header, body = codec.encode(message)
+    assert header == codec.HEADER
+    return body
+
+
+def decoded(body: bytes) -> Message:
+    return codec.decode([codec.HEADER, body])
+
+
+def test_every_type_of_the_unions_is_tried():
+    assert set(get_args(get_args(Message)[0])) == set(MESSAGES)
+    assert len(get_args(get_args(Command)[0])) == len(commands.original_strategies)
+    assert len(get_args(get_args(Result)[0])) == len(results.original_strategies)
+    assert len(get_args(get_args(Hook)[0])) == len(hooks.original_strategies)
+
+
+@settings(max_examples=60)
+@given(st.one_of(*MESSAGES.values()))
+def test_every_message_comes_back_as_it_was(message: Message):
+    back = codec.decode(codec.encode(message))
+    assert type(back) is type(message)
+    assert back == message
+
+
+def test_a_loss_that_is_not_finite_travels():
+    mean = Mean(total=float("inf"), weight=1.0)
+    outcome = Success(result=CallDone(statistics={"loss": mean}, version=1))
+    reply = Reply(run="first", epoch=1, id=1, outcome=outcome, seconds={})
+    assert codec.decode(codec.encode(reply)) == reply
+
+
+def test_text_that_is_no_unicode_travels_escaped():
+    """A file name that is no UTF-8 gets into an exception's text, and a worker must be able to report it."""
+    outcome = Failure(kind="OSError", message="caf\udce9", traceback="")
+    back = codec.decode(codec.encode(Reply(run="first", epoch=1, id=1, outcome=outcome, seconds={})))
+    assert isinstance(back, Reply)
+    assert isinstance(back.outcome, Failure)
+    assert back.outcome.message == "caf\\udce9"
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_a_protocol_error(body: bytes):
+    with pytest.raises(ProtocolError):
+        decoded(body)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | integers | st.floats() | text | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text | st.sampled_from(["type"]), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(json_like)
+def test_msgpack_that_is_no_message_is_a_protocol_error(content: object):
+    with pytest.raises(ProtocolError):
+        decoded(msgpack.packb(content))
+
+
+@pytest.mark.parametrize("type_", ["register", "heartbeat", "reply", "welcome", "refuse", "request", "shutdown", "x"])
+def test_a_type_alone_is_no_message(type_: str):
+    with pytest.raises(ProtocolError, match="not a message of ours"):
+        decoded(msgpack.packb({"type": type_}))
+
+
+def test_every_truncation_is_a_protocol_error():
+    body = body_of(REQUEST)
+    for length in range(len(body)):
+        with pytest.raises(ProtocolError, match="not msgpack that we accept"):
+            decoded(body[:length])
+
+
+@given(st.binary(min_size=1, max_size=5))
+def test_trailing_bytes_are_a_protocol_error(extra: bytes):
+    with pytest.raises(ProtocolError, match="not msgpack that we accept"):
+        decoded(body_of(REQUEST) + extra)
+
+
+@given(st.integers(0, len(body_of(REQUEST)) - 1), st.integers(1, 255))
+def test_a_changed_byte_is_a_protocol_error_or_another_message(at: int, difference: int):
+    """A letter of a name may change unseen; nothing but a message or a ProtocolError comes out."""
+    body = bytearray(body_of(REQUEST))
+    body[at] ^= difference
+    try:
+        message = decoded(bytes(body))
+    except ProtocolError:
+        return
+    assert isinstance(message, Request)
+    assert message != REQUEST
+
+
+def places(content: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+    """The path of every map in the content."""
+    found = []
+    if isinstance(content, dict):
+        found.append(path)
+        items = list(content.items())
+    elif isinstance(content, list):
+        items = list(enumerate(content))
+    else:
+        return []
+    return found + [place for key, value in items for place in places(value, (*path, key))]
+
+
+CONTENT = msgpack.unpackb(body_of(REQUEST))
+RECORDS = [path for path in places(CONTENT) if path[-1:] != ("keys",)]
+
+
+def mutated(path: tuple[object, ...], change: str, field: str = "", value: object = None) -> bytes:
+    content = msgpack.unpackb(body_of(REQUEST))
+    record = content
+    for key in path:
+        record = record[key]
+    if change == "drop":
+        del record[field]
+    else:
+        record[field] = value
+    return msgpack.packb(content)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=str)
+def test_an_unknown_field_anywhere_is_a_protocol_error(path: tuple[object, ...]):
+    with pytest.raises(ProtocolError, match="not a message of ours"):
+        decoded(mutated(path, "set", "more", 1))
+
+
+@pytest.mark.parametrize("field", ["type", "run", "epoch", "id", "lane", "command"])
+def test_a_missing_field_is_a_protocol_error(field: str):
+    with pytest.raises(ProtocolError, match="not a message of ours"):
+        decoded(mutated((), "drop", field))
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ((), "type", "reply"),
+        ((), "type", None),
+        ((), "epoch", -1),
+        ((), "epoch", "one"),
+        ((), "epoch", 1.5),
+        ((), "lane", "other"),
+        ((), "run", 3),
+        ((), "command", {"type": "ping"}),
+        ((), "command", []),
+        ((), "pre_hooks", [{"type": "call_model"}]),
+        ((), "post_hooks", "save"),
+        (("command",), "kind", "destroy"),
+        (("command",), "microbatches", {}),
+        (("command", "microbatches", 0), "ids", [1]),
+        (("command", "microbatches", 0), "keys", {"tokens": None}),
+        (("command", "microbatches", 0, "keys", "tokens"), "lengths", ["x"]),
+        (("pre_hooks", 0), "tag", -1),
+    ],
+)
+def test_a_field_of_another_kind_is_a_protocol_error(path: tuple[object, ...], field: str, value: object):
+    with pytest.raises(ProtocolError, match="not a message of ours"):
+        decoded(mutated(path, "set", field, value))
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 3])
+def test_a_message_has_two_frames(num_frames: int):
+    frames = [codec.HEADER, body_of(Ping()), b""][:num_frames]
+    with pytest.raises(ProtocolError, match=f"{num_frames} frames where a message has 2"):
+        codec.decode(frames)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"OTHER", codec.HEADER[:-1], codec.HEADER + b"\0", b"TRAINMASTER\xff\xff", b"x" * 1000]
+)
+def test_another_header_is_refused(header: bytes):
+    with pytest.raises(ProtocolError, match="another program, or another version of Trainmaster"):
+        codec.decode([header, body_of(Ping())])
+
+
+def test_a_body_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(codec, "MAX_BODY_BYTES", 20)
+    with pytest.raises(ProtocolError, match="a body of 21 bytes is over the limit of 20"):
+        codec.decode([codec.HEADER, bytes(21)])
+    with pytest.raises(ProtocolError, match=r"a refuse message of \d+ bytes is over the limit of 20"):
+        codec.encode(Refuse(reason="x" * 30))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x91" * 100_000,  # depth
+        b"\x81\xa1a" * 100_000,
+        b"\xdd\xff\xff\xff\xff",  # counts
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\xdd\x00\x10\x00\x00" * 20,
+        b"\xc4\x01x",  # raw bytes
+        b"\xd4\x01x",  # extension types
+        b"\xd6\xff\x00\x00\x00\x00",
+        b"\x81\x01\x01",  # a map's key that is no text
+    ],
+)
+def test_nothing_large_or_foreign_is_built(body: bytes):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decoded(body)
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,513 @@
+"""The server against bare DEALER sockets that speak the codec, over ipc."""
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+from trainmaster.api.errors import (
+    ConfigError,
+    DataError,
+    DeadlineExceeded,
+    ModelError,
+    RemoteError,
+    TrainmasterError,
+    WorkerLost,
+)
+from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import server as server_module
+from trainmaster.system.rpc.commands import Done, HostStore, ModelLoaded, Release, Save, ShardFile
+from trainmaster.system.rpc.messages import (
+    PROTOCOL_VERSION,
+    Failure,
+    Heartbeat,
+    Lane,
+    Message,
+    Ping,
+    Refuse,
+    Register,
+    Reply,
+    Request,
+    Shutdown,
+    Success,
+    Welcome,
+)
+from trainmaster.system.rpc.server import Answer, Server
+
+RUN, EPOCH, DIGEST = "first", 3, "digest"
+ALMOST_NO_TIME_S = 0.02
+
+
+@pytest.fixture(autouse=True)
+def _quick_heart(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
+
+
+class FakeWorker:
+    """A worker's socket."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.connect(address)
+
+    async def send(self, message: Message) -> None:
+        await self.socket.send_multipart(codec.encode(message))
+
+    async def ping(self) -> None:
+        """Waits for a ping, which comes to registered workers."""
+        assert codec.decode(await self.socket.recv_multipart()) == Ping()
+
+    async def receive(self) -> Message:
+        """The next message that is not a ping."""
+        while True:
+            message = codec.decode(await self.socket.recv_multipart())
+            if not isinstance(message, Ping):
+                return message
+
+    async def answer(self, request: Message, outcome: Success | Failure, **changes: object) -> None:
+        assert isinstance(request, Request)
+        fields = {"run": RUN, "epoch": EPOCH, "id": request.id, "seconds": {"release": 0.5}, **changes}
+        await self.send(Reply(outcome=outcome, **fields))
+
+
+def register(host: str = "here", pid: int = 7, protocol: int = PROTOCOL_VERSION, digest: str = DIGEST) -> Register:
+    return Register(
+        protocol=protocol, host=host, pid=pid, incarnation=str(pid), address="127.0.0.1", code_digest=digest
+    )
+
+
+def welcome(rank: int) -> Welcome:
+    return Welcome(
+        run=RUN,
+        epoch=EPOCH,
+        rank=rank,
+        num_workers=1,
+        num_local_workers=1,
+        overrides=(),
+        experiment_digest="",
+        log_directory="",
+        silence_s=1.0,
+    )
+
+
+Connect = Callable[[], FakeWorker]
+
+
+def with_server(
+    folder: Path,
+    scenario: Callable[[Server, Connect], Awaitable[None]],
+    num_workers: int = 1,
+    silence_s: float = 10.0,
+) -> None:
+    """Runs a scenario inside a server's life, in five seconds at most."""
+
+    async def main() -> None:
+        context = zmq.asyncio.Context()
+        server = Server(f"ipc://{folder}/s", RUN, EPOCH, num_workers, DIGEST, silence_s)
+        workers: list[FakeWorker] = []
+
+        def connect() -> FakeWorker:
+            workers.append(FakeWorker(context, server.address))
+            return workers[-1]
+
+        try:
+            async with asyncio.timeout(5), server:
+                await scenario(server, connect)
+        finally:
+            context.destroy(linger=0)
+
+    asyncio.run(main())
+
+
+async def welcomed(server: Server, connect: Connect) -> FakeWorker:
+    """The one worker of a run, after its welcome."""
+    worker = connect()
+    await worker.send(register())
+    await server.workers(5)
+    server.welcome(welcome)
+    assert isinstance(await worker.receive(), Welcome)
+    return worker
+
+
+def submit(server: Server, rank: int = 0, deadline_s: float = 5.0, lane: Lane = Lane.COMPUTE) -> asyncio.Future[Answer]:
+    return server.submit(rank, Release(ids=("a",)), name="release of a", deadline_s=deadline_s, lane=lane)
+
+
+# -- registration -----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_go_by_order_of_registration_with_hosts_side_by_side(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = []
+        for pid, host in enumerate(["left", "right", "left"]):
+            workers.append(connect())
+            await workers[-1].send(register(host, pid))
+            await workers[-1].ping()  # else registrations of several sockets arrive in any order
+        registered = await server.workers(5)
+        assert [(each.host, each.pid) for each in registered] == [("left", 0), ("left", 2), ("right", 1)]
+        server.welcome(welcome)
+        ranks = [(await worker.receive()).rank for worker in workers]
+        assert ranks == [0, 2, 1]
+
+    with_server(tmp_path, scenario, num_workers=3)
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (register(protocol=99), f"the worker speaks protocol 99, the master {PROTOCOL_VERSION}: install one version"),
+        (register(digest="other"), "the worker's experiment file differs from the master's: copy the same file"),
+    ],
+)
+def test_a_worker_that_does_not_fit_is_refused(tmp_path: Path, sent: Register, reason: str):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = connect()
+        await worker.send(sent)
+        answer = await worker.receive()
+        assert isinstance(answer, Refuse)
+        assert answer.reason.startswith(reason)
+        await welcomed(server, connect)
+
+    with_server(tmp_path, scenario)
+
+
+def test_one_worker_too_many_is_refused_and_the_run_goes_on(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker, late = await welcomed(server, connect), connect()
+        await late.send(register(pid=8))
+        answer = await late.receive()
+        assert isinstance(answer, Refuse)
+        assert answer.reason == "the run has its 1 workers already"
+        future = submit(server)
+        await worker.answer(await worker.receive(), Success(result=Done()))
+        await future
+        assert not server.lost.done()
+
+    with_server(tmp_path, scenario)
+
+
+def test_workers_that_do_not_come_are_missed_by_number(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        await connect().send(register())
+        with pytest.raises(
+            DeadlineExceeded, match=r"only [01] of 2 workers registered at ipc://.* \(run\.deadlines\.register_s\)"
+        ):
+            await server.workers(0.05)
+
+    with_server(tmp_path, scenario, num_workers=2)
+
+
+def test_a_worker_that_leaves_before_all_are_there_is_lost(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = connect()
+        await worker.send(register())
+        await worker.ping()
+        worker.socket.close(linger=0)
+        with pytest.raises(WorkerLost, match=r"a worker \(pid 7 on here\) closed its connection: it died or was cut"):
+            await server.workers(5)
+
+    with_server(tmp_path, scenario, num_workers=2)
+
+
+# -- requests and replies ---------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_answered(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        hook = Save(model="actor", directory="d")
+        future = server.submit(0, HostStore(), name="x", deadline_s=5, lane=Lane.TRANSFER, post_hooks=(hook,))
+        request = await worker.receive()
+        assert isinstance(request, Request)
+        assert (request.run, request.epoch, request.lane) == (RUN, EPOCH, Lane.TRANSFER)
+        assert (request.command, request.pre_hooks, request.post_hooks) == (HostStore(), (), (hook,))
+        success = Success(result=ModelLoaded(num_parameters=3), files=(ShardFile(file="f"),))
+        await worker.answer(request, success)
+        assert await future == Answer(success, {"release": 0.5})
+
+    with_server(tmp_path, scenario)
+
+
+def test_requests_arrive_in_order_and_may_be_answered_in_any(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        futures = [submit(server) for _ in range(20)]
+        requests = [await worker.receive() for _ in futures]
+        assert [request.id for request in requests] == sorted(request.id for request in requests)
+        for request in reversed(requests):
+            await worker.answer(request, Success(result=ModelLoaded(num_parameters=request.id)))
+        answers = [(await future).success.result.num_parameters for future in futures]
+        assert answers == [request.id for request in requests]
+
+    with_server(tmp_path, scenario)
+
+
+CONFIG = {"field": "model.path", "value": "here", "rule": "is empty", "cure": "fill it"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (
+            Failure(kind="ConfigError", message="m", traceback="t", **CONFIG),
+            ConfigError,
+            "model.path = 'here': is empty",
+        ),
+        (Failure(kind="DataError", message="m", traceback="t", **CONFIG), DataError, "model.path = 'here': is empty"),
+        (Failure(kind="ModelError", message="cannot cut", traceback="t"), ModelError, "cannot cut"),
+        (
+            Failure(kind="KeyError", message="'x'", traceback="Traceback ..."),
+            RemoteError,
+            "release of a on worker 0 (pid 7 on here) failed with KeyError: 'x'",
+        ),
+    ],
+)
+def test_a_failure_comes_out_as_what_it_was(
+    tmp_path: Path, failure: Failure, kind: type[TrainmasterError], message: str
+):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        future = submit(server)
+        await worker.answer(await worker.receive(), failure)
+        with pytest.raises(TrainmasterError) as caught:
+            await future
+        assert type(caught.value) is kind
+        assert str(caught.value).startswith(message)
+        if isinstance(caught.value, RemoteError):
+            assert caught.value.remote_traceback == "Traceback ..."
+
+    with_server(tmp_path, scenario)
+
+
+def test_replies_of_other_lives_and_requests_are_dropped(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        future = submit(server)
+        request = await worker.receive()
+        wrong = Success(result=ModelLoaded(num_parameters=666))
+        for changes in ({"epoch": EPOCH - 1}, {"epoch": EPOCH + 1}, {"run": "other"}, {"id": request.id + 1}):
+            await worker.answer(request, wrong, **changes)
+        await worker.answer(request, Success(result=Done()))
+        await worker.answer(request, wrong)
+        assert (await future).success.result == Done()
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_request_over_its_deadline_is_named_and_its_late_reply_dropped(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        future = submit(server, deadline_s=ALMOST_NO_TIME_S)
+        with pytest.raises(
+            DeadlineExceeded, match=r"release of a on worker 0 \(pid 7 on here\) took longer than its 0\.02 s"
+        ):
+            await future
+        await worker.answer(await worker.receive(), Success(result=Done()))
+        after = submit(server)
+        await worker.answer(await worker.receive(), Success(result=ModelLoaded(num_parameters=2)))
+        assert (await after).success.result == ModelLoaded(num_parameters=2)
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_request_that_was_given_up_is_no_loss(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        submit(server).cancel()
+        await worker.answer(await worker.receive(), Success(result=Done()))
+        after = submit(server)
+        await worker.answer(await worker.receive(), Success(result=Done()))
+        await after
+
+    with_server(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("frames", [[b""], [b"x", b"y"], [codec.HEADER, b"\xc1"], [codec.HEADER, b"", b""]])
+def test_garbage_is_dropped(tmp_path: Path, frames: list[bytes]):
+    async def scenario(server: Server, connect: Connect) -> None:
+        stranger = connect()
+        await stranger.socket.send_multipart(frames)
+        await stranger.send(Heartbeat(run=RUN, epoch=EPOCH))
+        worker = await welcomed(server, connect)
+        await worker.socket.send_multipart(frames)
+        await worker.send(Shutdown(reason="a worker does not say this"))
+        future = submit(server)
+        await worker.answer(await worker.receive(), Success(result=Done()))
+        await future
+
+    with_server(tmp_path, scenario)
+
+
+# -- loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_closes_its_connection_is_lost_with_what_it_was_at(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        futures = [submit(server), submit(server, lane=Lane.TRANSFER)]
+        worker.socket.close(linger=0)
+        for future in futures:
+            with pytest.raises(
+                WorkerLost,
+                match=r"worker 0 \(pid 7 on here\) closed its connection during release of a: it died or was cut off",
+            ):
+                await future
+        with pytest.raises(WorkerLost, match="worker 0"):
+            await server.lost
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_loss_is_known_though_nothing_was_asked(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        worker.socket.close(linger=0)
+        with pytest.raises(WorkerLost, match=r"closed its connection: it died"):
+            await server.lost
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_request_to_a_worker_that_was_lost_fails_at_once(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        worker.socket.close(linger=0)
+        with pytest.raises(WorkerLost, match="worker 0"):
+            await server.lost
+        with pytest.raises(WorkerLost, match="worker 0"):
+            await submit(server, deadline_s=0.5)
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_silent_worker_is_lost(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        future = submit(server)
+        with pytest.raises(WorkerLost, match=r"worker 0 .* sent no sign of life for 0 s \(run\.deadlines\.silence_s\)"):
+            await future
+        worker.socket.close(linger=0)
+
+    with_server(tmp_path, scenario, silence_s=0.1)
+
+
+def test_heartbeats_keep_a_worker(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        for _ in range(20):
+            await worker.ping()
+            await worker.send(Heartbeat(run=RUN, epoch=EPOCH))
+        assert not server.lost.done()
+
+    with_server(tmp_path, scenario, silence_s=0.1)
+
+
+def test_before_its_welcome_a_worker_may_be_silent(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = connect()
+        await worker.send(register())
+        for _ in range(8):
+            await worker.ping()
+        assert not server.lost.done()
+
+    with_server(tmp_path, scenario, num_workers=2, silence_s=0.01)
+
+
+def test_a_killed_process_is_a_lost_worker(tmp_path: Path):
+    script = (
+        "import sys, zmq\n"
+        "socket = zmq.Context().socket(zmq.DEALER)\n"
+        "socket.connect(sys.argv[1])\n"
+        "socket.send_multipart([bytes.fromhex(frame) for frame in sys.argv[2:]])\n"
+        "while True:\n"
+        "    socket.recv_multipart()\n"
+    )
+    frames = [frame.hex() for frame in codec.encode(register(pid=99))]
+
+    async def scenario(server: Server, _: Connect) -> None:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, server.address, *frames)
+        try:
+            await server.workers(5)
+            server.welcome(welcome)
+            future = submit(server)
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(WorkerLost, match=r"worker 0 \(pid 99 on here\) closed its connection during release"):
+                await future
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    with_server(tmp_path, scenario)
+
+
+# -- beginning and end ------------------------------------------------------------------------------------------------
+
+
+def test_at_the_end_workers_are_told(tmp_path: Path):
+    async def main() -> None:
+        context = zmq.asyncio.Context()
+        server = Server(f"ipc://{tmp_path}/s", RUN, EPOCH, 1, DIGEST, 10.0)
+        async with server:
+            worker = await welcomed(server, lambda: FakeWorker(context, server.address))
+            unanswered = submit(server)
+            await worker.receive()
+        assert unanswered.cancelled()
+        async with asyncio.timeout(5):
+            assert await worker.receive() == Shutdown(reason="the run is over")
+        context.destroy(linger=0)
+
+    asyncio.run(main())
+
+
+def test_after_a_failure_workers_are_told_why(tmp_path: Path):
+    async def main() -> None:
+        context = zmq.asyncio.Context()
+        server = Server(f"ipc://{tmp_path}/s", RUN, EPOCH, 1, DIGEST, 10.0)
+        workers: list[FakeWorker] = []
+
+        async def fail() -> None:
+            async with server:
+                workers.append(await welcomed(server, lambda: FakeWorker(context, server.address)))
+                raise RuntimeError("the disk is full")
+
+        with pytest.raises(RuntimeError, match="the disk is full"):
+            await fail()
+        async with asyncio.timeout(5):
+            assert await workers[0].receive() == Shutdown(reason="the run ended: the disk is full")
+        context.destroy(linger=0)
+
+    asyncio.run(main())
+
+
+def test_a_port_in_use_is_a_config_error():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(
+            ConfigError, match=r"--bind = 'tcp://127.*': cannot bind: Address already in use.* Choose a"
+        ):
+            Server(address, RUN, EPOCH, 1, DIGEST, 10.0)
+
+
+def test_an_address_of_another_machine_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"--bind = 'tcp://192\.0\.2\.1:5555': cannot bind"):
+        Server("tcp://192.0.2.1:5555", RUN, EPOCH, 1, DIGEST, 10.0)
+
+
+def test_an_ipv6_address_can_be_bound():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            port = probe.getsockname()[1]
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = Server(f"tcp://[::1]:{port}", RUN, EPOCH, 1, DIGEST, 10.0)
+    server._context.destroy(linger=0)
+    assert server.address == f"tcp://[::1]:{port}"

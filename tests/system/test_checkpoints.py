@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+import pytest
+from trainmaster.api.errors import RunError
+from trainmaster.system.checkpoints import INDEX, CheckpointFolder
+from trainmaster.system.rpc.commands import ShardFile
+
+
+def write(folder: Path, name: str, *tensors: str) -> ShardFile:
+    (folder / name).write_bytes(b"x" * len(tensors))
+    return ShardFile(file=name, tensors=tensors, size_bytes=len(tensors))
+
+
+def test_a_checkpoint_of_one_file_has_no_index(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    file = write(folder.begin(5), "model.safetensors", "a", "b")
+    path = folder.publish(5, [file, ShardFile()])
+    assert path == tmp_path / "checkpoints" / "step-5"
+    assert [each.name for each in path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_checkpoint_of_several_files_has_an_index_of_all_tensors(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    partial = folder.begin(5)
+    files = [write(partial, "one.safetensors", "a", "b"), ShardFile(), write(partial, "two.safetensors", "c")]
+    index = json.loads((folder.publish(5, files) / INDEX).read_text())
+    assert index == {
+        "metadata": {"total_size": 3},
+        "weight_map": {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"},
+    }
+
+
+def test_the_directory_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = CheckpointFolder(tmp_path)
+    partial = folder.begin(5)
+    files = [write(partial, "one.safetensors", "a"), write(partial, "two.safetensors", "b")]
+    seen = []
+    rename = Path.rename
+
+    def spy(self: Path, target: Path) -> Path:
+        seen.append((sorted(each.name for each in self.iterdir()), target.exists()))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", spy)
+    folder.publish(5, files)
+    assert seen == [([INDEX, "one.safetensors", "two.safetensors"], False)]
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-5"]
+
+
+def test_a_file_that_did_not_get_here_is_named_and_nothing_is_published(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    folder.begin(5)
+    with pytest.raises(RunError, match=r"a worker wrote gone\.safetensors for step 5, .* run\.directory must be on a"):
+        folder.publish(5, [ShardFile(file="gone.safetensors", tensors=("a",), size_bytes=1)])
+    assert not (tmp_path / "checkpoints" / "step-5").exists()
+
+
+def test_a_step_is_begun_once(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    folder.begin(5)
+    with pytest.raises(FileExistsError, match=r"\.step-5\.partial"):
+        folder.begin(5)
+
+
+def test_a_published_checkpoint_is_not_overwritten(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    for content in ("first", "second"):
+        file = write(folder.begin(5), "model.safetensors", content)
+        if content == "first":
+            folder.publish(5, [file])
+            (tmp_path / "checkpoints" / "step-5" / "model.safetensors").write_text("first")
+    with pytest.raises(OSError, match="not empty"):
+        folder.publish(5, [file])
+    assert (tmp_path / "checkpoints" / "step-5" / "model.safetensors").read_text() == "first"

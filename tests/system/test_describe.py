@@ -1,0 +1,30 @@
+from pathlib import Path
+
+from trainmaster.api.config import Dataset, Layout, Model
+from trainmaster.api.experiments.sft import SFT
+from trainmaster.system.describe import describe
+
+
+def test_models_with_workers_then_graphs_with_calls():
+    experiment = SFT(
+        model=Model(path=Path("models/m"), layout=Layout(dp=2, pp=3)),
+        dataset=Dataset(path="train.jsonl"),
+        evaluation=Dataset(path="test.jsonl"),
+        batch_size=8,
+        minibatch_size=4,
+    )
+    assert describe(experiment.compile()).splitlines() == [
+        "models",
+        "  model: models/m, trained, dp=2 pp=3 tp=1 sp=1, workers 0-5",
+        "graph sft",
+        "  dataset train.jsonl -> tokens, loss_mask",
+        "  train: train_step on model (sft), batch 8, minibatch 4, reads tokens, loss_mask from dataset",
+        "graph evaluation",
+        "  dataset test.jsonl -> tokens, loss_mask",
+        "  evaluate: inference on model (sft), batch 8, minibatch 8, reads tokens, loss_mask from dataset",
+    ]
+
+
+def test_a_random_model_is_described_by_its_type():
+    model = Model(config={"model_type": "qwen2"}, tokenizer=Path("t"))
+    assert "model: random qwen2, trained, dp=1" in describe(SFT(model=model, dataset=Dataset(path="d")).compile())

@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import pytest
+from trainmaster.api.config import Dataset, Layout, Model
+from trainmaster.api.errors import ConfigError, DataError
+from trainmaster.api.experiments.sft import SFT
+from trainmaster.system.preflight import check_files, check_run_directory, claim_run_directory
+
+ROW = '{"prompt": "a", "answer": "b"}\n'
+
+
+def model_folder(folder: Path, config: str = '{"model_type": "qwen2", "num_hidden_layers": 2}') -> Path:
+    path = folder / "model"
+    path.mkdir()
+    (path / "config.json").write_text(config)
+    (path / "model.safetensors").write_bytes(b"")
+    return path
+
+
+def check(folder: Path, **fields) -> None:
+    (folder / "rows.jsonl").write_text(ROW)
+    check_files(SFT(**{"dataset": Dataset(path=folder / "rows.jsonl"), **fields}).compile())
+
+
+def test_a_whole_experiment_passes(tmp_path: Path):
+    check(tmp_path, model=Model(path=model_folder(tmp_path), layout=Layout(pp=2)))
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"model\.path = '.*': there is no config\.json in it\. Name a Hugging Face"):
+        check(tmp_path, model=Model(path=tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path):
+    path = model_folder(tmp_path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model\.path = '.*': there are no weights .* in it\. Convert the model"):
+        check(tmp_path, model=Model(path=path))
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"model\.path = '.*config\.json': not JSON \(.*\. Restore the file"):
+        check(tmp_path, model=Model(path=model_folder(tmp_path, "{")))
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"model\.tokenizer = '.*none': there is no such directory\. Name the tok"):
+        check(tmp_path, model=Model(path=model_folder(tmp_path), tokenizer=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_layers", "n_layers"])
+def test_stages_are_not_more_than_layers(tmp_path: Path, name: str):
+    path = model_folder(tmp_path, json.dumps({"model_type": "x", name: 2}))
+    with pytest.raises(ConfigError, match=r"model\.layout\.pp = 3: the model has only 2 layers\. Lower it\."):
+        check(tmp_path, model=Model(path=path, layout=Layout(pp=3)))
+
+
+def test_the_layers_of_a_model_from_a_config_count_too(tmp_path: Path):
+    config = {"model_type": "qwen2", "num_hidden_layers": 1}
+    with pytest.raises(ConfigError, match=r"model\.layout\.pp = 2: the model has only 1 layers"):
+        check(tmp_path, model=Model(config=config, tokenizer=tmp_path, layout=Layout(pp=2)))
+
+
+def test_a_number_of_layers_that_is_no_number_is_refused_by_name(tmp_path: Path):
+    config = {"model_type": "qwen2", "num_hidden_layers": "4"}
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        check(tmp_path, model=Model(config=config, tokenizer=tmp_path, layout=Layout(pp=2)))
+
+
+def test_a_number_of_layers_that_is_null_says_nothing(tmp_path: Path):
+    config = {"model_type": "t5", "num_layers": None, "num_hidden_layers": 4}
+    check(tmp_path, model=Model(config=config, tokenizer=tmp_path, layout=Layout(pp=2)))
+
+
+def test_both_datasets_are_checked(tmp_path: Path):
+    model = Model(path=model_folder(tmp_path))
+    with pytest.raises(DataError, match=r"^dataset\.path = '.*none': cannot be read"):
+        check(tmp_path, model=model, dataset=Dataset(path=tmp_path / "none"))
+    with pytest.raises(DataError, match=r"^evaluation\.path = '.*none': cannot be read"):
+        check(tmp_path, model=model, evaluation=Dataset(path=tmp_path / "none"))
+
+
+def test_a_run_directory_is_claimed_once(tmp_path: Path):
+    path = tmp_path / "runs" / "first"
+    check_run_directory(path)
+    claim_run_directory(path)
+    assert path.is_dir()
+    for claim in (claim_run_directory, check_run_directory):
+        with pytest.raises(
+            ConfigError, match=r"run\.name = 'first': .* exists already, .*\. Choose another name \(--run\.name first-2"
+        ):
+            claim(path)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.directory = '.*file': cannot be written: Not a directory\. Choose"):
+        claim_run_directory(tmp_path / "file" / "first")

@@ -111,14 +111,16 @@ def _override(experiment: Experiment, overrides: Sequence[str], prog: str) -> Ex
 
 def _digest(file: Path, module: ModuleType) -> str:
     """Of the file and of all modules in its folder and below, but for installed ones."""
-    folder, package = file.resolve().parent, Path(__file__).parents[1]
+    folder = file.resolve().parent
+    below = [Path(root).resolve() for root in (Path(__file__).parents[1], sys.prefix, sys.base_prefix)]
+    below = [root for root in below if root.is_relative_to(folder)]
     paths = {file.resolve()}
     for other in list(sys.modules.values()):
         origin = getattr(other, "__file__", None)
         if other is module or origin is None or not Path(origin).is_absolute():  # torch makes up relative ones
             continue
         path = Path(origin).resolve()
-        installed = path.is_relative_to(sys.prefix) or (path.is_relative_to(package) and folder == package)
+        installed = "site-packages" in path.parts or any(path.is_relative_to(root) for root in below)
         if path.is_relative_to(folder) and path.is_file() and not installed:
             paths.add(path)
     digest = hashlib.sha256()

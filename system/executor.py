@@ -66,29 +66,42 @@ class Executor:
                 await self._amended.wait()
                 samples = self._buffer.take(call, count)
         futures: list[asyncio.Future[Answer]] = []
+        moves: list[dict[int, Redistribute]] = []
         for start in range(0, count, call.minibatch_size):
             stop = min(start + call.minibatch_size, count)
-            minibatch = samples.select(range(start, stop))
-            futures += self._submit(call, minibatch, save if stop == count else None)
+            shares = self._shares(call, samples.select(range(start, stop)))
+            moves.append(self._plan_moves(call, shares))
+            futures += self._submit(call, shares, moves[-1], save if stop == count else None)
         answers = await settle(self._server, futures)
+        for move in moves:  # only now: a worker that still waits for its data cannot pass it on
+            for rank, part in move.items():
+                for parcel in part.receives:
+                    self._storage.add(rank, parcel.samples)
         self._record(call, answers, traversal)
         retired = self._buffer.finish(call, samples.ids)
         await self._release(retired)
         async with self._amended:
             self._amended.notify_all()
 
-    def _submit(self, call: ModelFunctionCall, minibatch: Samples, save: Save | None) -> list[asyncio.Future[Answer]]:
-        """One request to each worker of the model, with its own share of the minibatch."""
+    def _shares(self, call: ModelFunctionCall, minibatch: Samples) -> dict[int, list[Samples]]:
+        """The microbatches of each worker of the call's model, by rank."""
         placed = self._compiled.models[call.model]
-        layout = placed.model.layout
+        layout, spec = placed.model.layout, call.microbatching
         lengths = minibatch.lengths("tokens")
-        spec = call.microbatching
         plan = plan_microbatches(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
-        shares = {
+        return {
             rank: [minibatch.select(positions) for positions in plan[place // layout.pp]]
             for place, rank in enumerate(placed.ranks)
         }
-        moves = self._plan_moves(call, shares)
+
+    def _submit(
+        self,
+        call: ModelFunctionCall,
+        shares: Mapping[int, list[Samples]],
+        moves: Mapping[int, Redistribute],
+        save: Save | None,
+    ) -> list[asyncio.Future[Answer]]:
+        """One request to each worker of the model, with its own share of the minibatch."""
         deadline_s = self._compiled.run.deadlines.call_s
         futures = []
         for rank, move in moves.items():
@@ -126,11 +139,7 @@ class Executor:
             for place, (rank, share) in enumerate(shares.items())
         }
         self._num_redistributions += 1
-        moves = plan_redistribution(needs, self._storage, tag=self._num_redistributions % 2**30)
-        for rank, move in moves.items():
-            for parcel in move.receives:
-                self._storage.add(rank, parcel.samples)
-        return moves
+        return plan_redistribution(needs, self._storage, tag=self._num_redistributions % 2**30)
 
     def _record(self, call: ModelFunctionCall, answers: list[Answer], traversal: Traversal) -> None:
         statistics = traversal.statistics.setdefault(call.name, {})

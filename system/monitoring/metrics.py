@@ -9,6 +9,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...api.errors import RunError
+
 _CLOSE_S = 10.0
 
 
@@ -17,11 +19,15 @@ class MetricsLog:
 
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(maxsize=1000)
+        self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._write, name="metrics", daemon=True)
         self._thread.start()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Never waits. Raises `RunError` if writing has failed."""
+        if self._failure is not None:
+            raise RunError(f"metrics cannot be written to {self._directory}: {self._failure}") from self._failure
         self._queue.put((step, dict(values)))
 
     def close(self) -> None:
@@ -30,6 +36,12 @@ class MetricsLog:
         self._thread.join(_CLOSE_S)
 
     def _write(self) -> None:
+        try:
+            self._write_all()
+        except OSError as error:
+            self._failure = error
+
+    def _write_all(self) -> None:
         writer = _summary_writer(self._directory / "tensorboard")
         with (self._directory / "metrics.jsonl").open("a", buffering=1) as lines:
             while (entry := self._queue.get()) is not None:

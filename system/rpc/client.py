@@ -81,7 +81,7 @@ class Client:
     def _serve(self) -> None:
         dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, 1000)
-        dealer.setsockopt(zmq.IPV6, 1)
+        dealer.setsockopt(zmq.IPV6, "[" in self._master)
         dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
         monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         replies: zmq.Socket[bytes] = self._context.socket(zmq.PULL)

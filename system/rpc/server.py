@@ -91,7 +91,7 @@ class Server:
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.IPV6, "[" in address)
         self._socket.setsockopt(
             zmq.ROUTER_MANDATORY, 1
         )  # a send to a closed connection is an error: how we learn of it

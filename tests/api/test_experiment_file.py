@@ -1,8 +1,10 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from trainmaster.api import experiment_file
 from trainmaster.api.errors import ConfigError
 from trainmaster.api.experiment_file import read_experiment_file
 
@@ -147,6 +149,27 @@ def test_the_code_digest_follows_a_neighbour_package(tmp_path: Path):
     first = read_experiment_file(path).code_digest
     (package / "part.py").write_text("VALUE = 2\n")
     assert read_experiment_file(path).code_digest != first
+
+
+@pytest.mark.parametrize(
+    "place", ["trainmaster/system/extra.py", "python/lib/extra.py", "v/lib/site-packages/extra.py"]
+)
+def test_the_code_digest_leaves_out_what_is_installed_below_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    """A clone of ours, Python or its packages may lie below; master and worker import different parts of them."""
+    monkeypatch.setattr(experiment_file, "__file__", str(tmp_path / "trainmaster" / "api" / "experiment_file.py"))
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "python"))
+    path = write(tmp_path)
+    first = read_experiment_file(path).code_digest
+    extra = tmp_path / place
+    extra.parent.mkdir(parents=True)
+    extra.write_text("")
+    name = "trainmaster.system.extra" if place.startswith("trainmaster") else "extra"
+    module = ModuleType(name)
+    module.__file__ = str(extra)
+    monkeypatch.setitem(sys.modules, name, module)
+    assert read_experiment_file(path).code_digest == first
 
 
 def test_the_experiment_digest_follows_the_values(tmp_path: Path):

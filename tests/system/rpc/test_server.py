@@ -501,6 +501,16 @@ def test_an_address_of_another_machine_is_a_config_error():
         Server("tcp://192.0.2.1:5555", RUN, EPOCH, 1, DIGEST, 10.0)
 
 
+def test_the_address_is_told_as_it_was_given():
+    """People copy it into `--master`; as `[::ffff:127.0.0.1]` it would not even be known to be local."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    server = Server(address, RUN, EPOCH, 1, DIGEST, 10.0)
+    server._context.destroy(linger=0)
+    assert server.address == address
+
+
 def test_an_ipv6_address_can_be_bound():
     try:
         with socket.socket(socket.AF_INET6) as probe:

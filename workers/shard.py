@@ -106,7 +106,7 @@ class _Totals:
 
     def __init__(self, shard: ModelShard, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> None:
         self._algorithm, self._shard = algorithm, shard
-        self._loss = torch.zeros((), device=shard.device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=shard.device)
         weight = sum(map(algorithm.weight, microbatches)) if shard.stage.is_last else 0.0
         self._weight = self._summed(torch.tensor(weight, dtype=torch.float64, device=shard.device))
 

@@ -37,11 +37,11 @@ from .algorithms import ALGORITHMS
 from .context import ShardGroups, WorkerContext
 from .data.source import Limits, SequenceSource
 from .data.store import describe
-from .data.tokenization import load_tokenizer
+from .data.tokenization import check_reload, load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
 from .models.checkpoint import write_config, write_stage
-from .models.configs import model_limits
+from .models.configs import config_of, model_limits
 from .parallel.groups import TCPStore, host_store
 from .shard import ModelShard
 
@@ -139,6 +139,7 @@ class Handlers:
             max_tokens, vocabulary = min(max_tokens, context), min(vocabulary, words)
         placed = next(iter(compiled.models.values()))
         tokenizer = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
+        check_reload(tokenizer, config_of(placed.model), f"{placed.field}.tokenizer")
         return SequenceSource(name, dataset, tokenizer, Limits(max_tokens, vocabulary), compiled.run.seed)
 
     def _fetch(self, command: Fetch) -> Fetched:

@@ -17,13 +17,14 @@ TRAIN, HELD_OUT, TOKENIZER = FOLDER / "train.jsonl", FOLDER / "held_out.jsonl", 
 CHARACTERS = "0123456789+= "
 NUM_HELD_OUT = 200
 MODEL = {
-    "model_type": "qwen2",
+    "model_type": "qwen3",
     "vocab_size": 16,
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
     "bos_token_id": None,

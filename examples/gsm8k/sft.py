@@ -17,13 +17,14 @@ VOCABULARY_SIZE = 4096
 experiment = SFT(
     model=Model(
         config={
-            "model_type": "qwen2",
+            "model_type": "qwen3",
             "vocab_size": VOCABULARY_SIZE,
             "hidden_size": 128,
             "intermediate_size": 512,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "head_dim": 32,
             "max_position_embeddings": 1024,
             "tie_word_embeddings": True,
             "bos_token_id": None,

@@ -14,13 +14,14 @@ from pathlib import Path
 
 CHARACTERS = "0123456789+="
 TINY_MODEL = {
-    "model_type": "qwen2",
+    "model_type": "qwen3",
     "vocab_size": 16,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
     "bos_token_id": None,

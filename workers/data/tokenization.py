@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -18,7 +19,16 @@ from ...api.errors import ConfigError, DataError
 from ...api.json_lines import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+PANEL = (
+    "The quick brown fox doesn't jump over 13 lazy dogs.",
+    "12+34=46, 3.14 * 2 = 6.28; 1,000,000",
+    "def f(x):\n    return x ** 2\n\n\n# end\t of  text",
+    "Ünïcödé 你好 привет 🙂",
+)
+"""Texts on which two tokenizers are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,29 @@ def load_tokenizer(path: Path, field: str) -> PreTrainedTokenizerBase:
             field, str(path), f"no tokenizer can be read there: {error}", "name a directory with tokenizer.json"
         ) from error
     return tokenizer
+
+
+def check_reload(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, field: str) -> None:
+    """A checkpoint must bring the tokenizer that it was trained with.
+
+    Beside a config.json of some model types, transformers reads a tokenizer as that type's own class, which cuts text
+    in another way. Raises `ConfigError` if this one would come back so.
+    """
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        reloaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text in PANEL:
+        if reloaded(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise ConfigError(
+                field,
+                tokenizer.name_or_path,
+                f"beside a config.json of model type {config.model_type!r}, transformers reads this tokenizer as "
+                f"{type(reloaded).__name__} and cuts text differently: a checkpoint would not tokenise as in training",
+                "use a tokenizer of the model's own class, or another model type (for a new model, qwen3 or llama)",
+            )
 
 
 def encode_rows(

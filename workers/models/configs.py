@@ -107,7 +107,12 @@ def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: 
     return re.search(read, source) is not None
 
 
+def config_of(model: Model) -> PretrainedConfig:
+    """The configuration of an experiment's model."""
+    return config_from_directory(model.path) if model.path is not None else config_from_keywords(model.config)
+
+
 def model_limits(model: Model) -> tuple[int, int]:
-    """The most tokens a sequence of this model may have (without limit: `sys.maxsize`), and its vocabulary size."""
-    config = config_from_directory(model.path) if model.path is not None else config_from_keywords(model.config)
+    """The most tokens that a sequence of this model may have (no limit: `sys.maxsize`), and the vocabulary's size."""
+    config = config_of(model)
     return getattr(config, "max_position_embeddings", None) or sys.maxsize, config.vocab_size

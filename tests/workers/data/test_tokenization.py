@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from trainmaster.api.config import Dataset
 from trainmaster.api.errors import ConfigError, DataError
-from trainmaster.workers.data.tokenization import Encoded, encode_rows, load_tokenizer
+from trainmaster.workers.data.tokenization import Encoded, check_reload, encode_rows, load_tokenizer
 
 WHERE = "rows.jsonl:7"
 PAIR, CHAT = Dataset(path="rows.jsonl"), Dataset(path="rows.jsonl", messages="messages")
@@ -198,3 +198,14 @@ def test_a_tokenizer_is_read_from_its_directory(make_tokenizer, tmp_path: Path):
 def test_a_directory_without_a_tokenizer_is_a_config_error(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"(?s)model\.tokenizer = '.*': no tokenizer can be read there: .* Name a"):
         load_tokenizer(tmp_path, "model.tokenizer")
+
+
+def test_a_tokenizer_that_a_checkpoint_would_not_bring_back_is_refused(make_tokenizer):
+    from transformers import AutoConfig
+
+    tokenizer = make_tokenizer()
+    check_reload(tokenizer, AutoConfig.for_model("qwen3"), "model.tokenizer")
+    with pytest.raises(
+        ConfigError, match=r"model\.tokenizer = .*'qwen2', transformers reads this tokenizer as Qwen2Tok"
+    ):
+        check_reload(tokenizer, AutoConfig.for_model("qwen2"), "model.tokenizer")

@@ -33,8 +33,9 @@ from ..system.rpc.commands import (
 )
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
-from .algorithms import ALGORITHMS
+from .algorithms import INFERENCE, TRAINING
 from .context import ShardGroups, WorkerContext
+from .data.microbatch import Microbatch
 from .data.source import Limits, SequenceSource
 from .data.store import describe
 from .data.tokenization import check_reload, load_tokenizer
@@ -156,16 +157,22 @@ class Handlers:
 
     def _call_model(self, command: CallModel) -> CallDone:
         failpoint(f"worker.{command.kind}", self._context.rank)
-        shard, algorithm = self._shards[command.model], ALGORITHMS[command.algorithm]
-        keys = algorithm.last_stage_keys if shard.stage.is_last else ()
-        microbatches = [
-            self._context.store.microbatch(samples, keys, self._context.device) for samples in command.microbatches
-        ]
+        shard = self._shards[command.model]
         match command.kind:
             case CallKind.TRAIN_STEP:
-                statistics = shard.train(algorithm, microbatches)
+                training = TRAINING[command.algorithm]
+                statistics = shard.train(training, self._microbatches(command, shard, training.last_stage_keys))
             case CallKind.INFERENCE:
-                statistics = shard.infer(algorithm, microbatches)
+                inference = INFERENCE[command.algorithm]
+                microbatches = self._microbatches(command, shard, inference.last_stage_keys)
+                statistics, _ = shard.infer(inference, microbatches)
             case _:
                 assert_never(command.kind)
         return CallDone(statistics=statistics if shard.owns_outputs else {}, version=shard.version)
+
+    def _microbatches(
+        self, command: CallModel, shard: ModelShard, last_stage_keys: tuple[str, ...]
+    ) -> list[Microbatch]:
+        keys = last_stage_keys if shard.stage.is_last else ()
+        store, device = self._context.store, self._context.device
+        return [store.microbatch(samples, keys, device) for samples in command.microbatches]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..api.experiments.base import PlacedModel
 from ..system.rpc.commands import Mean
-from .algorithms.base import Algorithm
+from .algorithms.base import InferenceAlgorithm, TrainingAlgorithm
+from .algorithms.statistics import Statistics
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
 from .models.loading import init_stage, load_stage
@@ -48,34 +49,55 @@ class ModelShard:
             copies.add(id(self.stage.tied_embedding))
         return [parameter for parameter in self.stage.parameters() if id(parameter) not in copies]
 
-    def train(self, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
-        """One optimizer step on this replica's share of a minibatch. Statistics are complete where `owns_outputs`."""
+    def train(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
+        """One optimizer step on this replica's share of a minibatch. Statistics are those of the whole minibatch."""
         assert self._optimizer is not None, "the graph trains models with an optimizer only"
-        totals = _Totals(self, algorithm, microbatches)
+        statistics = Statistics(self.device)
+        weight = self._total_weight(algorithm, microbatches)
         norm: list[float] = []
-        program = training_program(self.place.layout.pp, len(microbatches))
+
+        def loss(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+            return algorithm.loss(stage, hidden, microbatch, statistics) / weight
+
         self._optimizer.zero_grad(set_to_none=True)
         self.stage.train()
+        program = training_program(self.place.layout.pp, len(microbatches))
         self._runner.run(
             program.ranks[self.place.pp],
             microbatches,
-            totals.normalised_loss,
+            loss,
             reduce=self._reduce,
             step=lambda: norm.append(self._step()),
         )
         self.version += 1
-        statistics = totals.statistics()
-        statistics["gradient_norm"] = Mean(total=norm[0], weight=1)
-        statistics["learning_rate"] = Mean(total=self._optimizer.param_groups[0]["lr"], weight=1)
-        return statistics
+        merged = statistics.merged(self.groups.data)
+        merged["gradient_norm"] = Mean(total=norm[0], weight=1)
+        merged["learning_rate"] = Mean(total=self._optimizer.param_groups[0]["lr"], weight=1)
+        return merged
 
-    def infer(self, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
-        """The loss of this replica's share, forward only. Statistics are complete where `owns_outputs`."""
+    def infer(
+        self, algorithm: InferenceAlgorithm, microbatches: Sequence[Microbatch]
+    ) -> tuple[dict[str, Mean], list[dict[str, Tensor]]]:
+        """Forward only. Returns statistics of all replicas and, on the last stage, new keys by microbatch."""
+        statistics = Statistics(self.device)
+        outputs: list[dict[str, Tensor]] = []
+
+        def score(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> None:
+            outputs.append(algorithm.infer(stage, hidden, microbatch, statistics))
+
         self.stage.eval()
-        totals = _Totals(self, algorithm, microbatches)
         program = inference_program(self.place.layout.pp, len(microbatches))
-        self._runner.run(program.ranks[self.place.pp], microbatches, totals.normalised_loss)
-        return totals.statistics()
+        self._runner.run(program.ranks[self.place.pp], microbatches, score)
+        return statistics.merged(self.groups.data), outputs
+
+    def _total_weight(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> float:
+        """Of the whole minibatch, over all replicas; on the last stage, where losses are."""
+        if not self.stage.is_last:
+            return 1.0
+        total = torch.tensor(sum(map(algorithm.weight, microbatches)), dtype=torch.float64, device=self.device)
+        if self.groups.data is not None:
+            self.groups.data.all_reduce(total)
+        return max(float(total), 1.0)
 
     def _reduce(self) -> None:
         if self.groups.data is not None:
@@ -99,32 +121,6 @@ class ModelShard:
             group["lr"] = rate
         self._optimizer.step()
         return norm
-
-
-class _Totals:
-    """Loss and weight of a minibatch, summed over microbatches and replicas. All zero before the last stage."""
-
-    def __init__(self, shard: ModelShard, algorithm: Algorithm, microbatches: Sequence[Microbatch]) -> None:
-        self._algorithm, self._shard = algorithm, shard
-        self._loss = torch.zeros((), dtype=torch.float64, device=shard.device)
-        weight = sum(map(algorithm.weight, microbatches)) if shard.stage.is_last else 0.0
-        self._weight = self._summed(torch.tensor(weight, dtype=torch.float64, device=shard.device))
-
-    def normalised_loss(self, stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
-        """This microbatch's part of the minibatch's mean loss."""
-        loss = self._algorithm.loss(stage, hidden, microbatch)
-        self._loss += loss.detach()
-        return loss / max(self._weight, 1.0)
-
-    def statistics(self) -> dict[str, Mean]:
-        if not self._shard.stage.is_last:
-            return {}
-        return {"loss": Mean(total=self._summed(self._loss), weight=self._weight)}
-
-    def _summed(self, value: Tensor) -> float:
-        if self._shard.stage.is_last and self._shard.groups.data is not None:
-            self._shard.groups.data.all_reduce(value)
-        return float(value)
 
 
 def _make_stage(placed: PlacedModel, place: Place, context: WorkerContext) -> Stage:

@@ -1,8 +1,9 @@
-"""Losses, by the names that graphs give them."""
+"""Losses and scores, by the names that graphs give them."""
 
 from __future__ import annotations
 
-from .base import Algorithm
+from .base import InferenceAlgorithm, TrainingAlgorithm
 from .sft import SupervisedFineTuning
 
-ALGORITHMS: dict[str, Algorithm] = {"sft": SupervisedFineTuning()}
+TRAINING: dict[str, TrainingAlgorithm] = {"sft": SupervisedFineTuning()}
+INFERENCE: dict[str, InferenceAlgorithm] = {"sft": SupervisedFineTuning()}

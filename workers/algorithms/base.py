@@ -1,4 +1,7 @@
-"""What an algorithm offers a shard: the sum of its loss over a microbatch, and how that sum is normalised."""
+"""What algorithms offer a shard. All are called on the last stage only, and keep nothing between calls.
+
+Shapes: T tokens of a packed microbatch, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,29 @@ from torch import Tensor
 
 from ..data.microbatch import Microbatch
 from ..models.stage import Stage
+from .statistics import Statistics
 
 
-class Algorithm(Protocol):
-    """Stateless. Called on the last stage only."""
+class TrainingAlgorithm(Protocol):
+    """For `train_step`: a minibatch's loss is `sum of losses / sum of weights`, over all microbatches and replicas."""
 
     @property
     def last_stage_keys(self) -> tuple[str, ...]:
-        """Keys that it reads there, besides `tokens`."""
+        """Keys that it reads, besides `tokens`."""
 
     def weight(self, microbatch: Microbatch) -> float:
-        """What the microbatch counts for; a minibatch's loss is `sum of losses / sum of weights`."""
+        """What the microbatch counts for."""
 
-    def loss(self, stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+    def loss(self, stage: Stage, hidden: Tensor, microbatch: Microbatch, statistics: Statistics) -> Tensor:
         """The summed loss of the microbatch, a scalar. `hidden` is `[1, T, H]`, after the model's last norm."""
+
+
+class InferenceAlgorithm(Protocol):
+    """For `inference`."""
+
+    @property
+    def last_stage_keys(self) -> tuple[str, ...]:
+        """Keys that it reads, besides `tokens`."""
+
+    def infer(self, stage: Stage, hidden: Tensor, microbatch: Microbatch, statistics: Statistics) -> dict[str, Tensor]:
+        """New keys of the microbatch's sequences, each `[T]`; none if only the statistics matter."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.microbatch import Microbatch
 from ..models.stage import Stage
 from .functional import predicted_positions, token_log_probabilities, zero_connected
+from .statistics import Statistics
 
 
 class SupervisedFineTuning:
@@ -27,9 +28,17 @@ class SupervisedFineTuning:
         """The number of answer tokens."""
         return float(len(predicted_positions(microbatch.keys["loss_mask"], microbatch.packed)))
 
-    def loss(self, stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+    def loss(self, stage: Stage, hidden: Tensor, microbatch: Microbatch, statistics: Statistics) -> Tensor:
         """The summed cross-entropy of the answer tokens."""
         positions = predicted_positions(microbatch.keys["loss_mask"], microbatch.packed)
         if len(positions) == 0:
-            return zero_connected(hidden)
-        return -token_log_probabilities(stage, hidden, microbatch.tokens, positions).sum()
+            loss = zero_connected(hidden)
+        else:
+            loss = -token_log_probabilities(stage, hidden, microbatch.tokens, positions).sum()
+        statistics.add("loss", loss, len(positions))
+        return loss
+
+    def infer(self, stage: Stage, hidden: Tensor, microbatch: Microbatch, statistics: Statistics) -> dict[str, Tensor]:
+        """Only the loss, as a statistic: an evaluation."""
+        self.loss(stage, hidden, microbatch, statistics)
+        return {}

@@ -3,7 +3,7 @@
 It knows stages, channels and autograd; it knows no schedule and no algorithm. Sequences are packed, and microbatches
 differ in length: every rank knows the lengths from the request, so no shapes travel.
 
-Guarantees: a training program leaves in `.grad` the gradient of `sum over microbatches of loss(...)` on every stage;
+Guarantees: a training program leaves in `.grad` the gradient of `sum over microbatches of finish(...)` on every stage;
 buffers are freed as their last reader is done; sends overlap with compute and are all complete on return.
 """
 
@@ -21,8 +21,8 @@ from ..models.stage import Stage
 from ..parallel.groups import Group, Sending
 from .instructions import EdgeKind, Instruction, Op
 
-LossFunction = Callable[[Stage, Tensor, Microbatch], Tensor]
-"""From the last stage's hidden states `[1, T, H]` to a scalar; called on the last stage only."""
+Finish = Callable[[Stage, Tensor, Microbatch], Tensor | None]
+"""What the last stage does with a microbatch's hidden states `[1, T, H]`; in training it returns the scalar loss."""
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Runner:
         self,
         instructions: Sequence[Instruction],
         microbatches: Sequence[Microbatch],
-        loss: LossFunction,
+        finish: Finish,
         reduce: Callable[[], None] | None = None,
         step: Callable[[], None] | None = None,
     ) -> None:
@@ -61,7 +61,7 @@ class Runner:
         try:
             with torch.set_grad_enabled(training):
                 for instruction in instructions:
-                    self._execute(instruction, microbatches, loss, reduce, step)
+                    self._execute(instruction, microbatches, finish, reduce, step)
             for sending in self._sendings:
                 sending.wait()
             assert not self._live, f"buffers of microbatches {sorted(self._live)} were not freed"
@@ -73,7 +73,7 @@ class Runner:
         self,
         instruction: Instruction,
         microbatches: Sequence[Microbatch],
-        loss: LossFunction,
+        finish: Finish,
         reduce: Callable[[], None] | None,
         step: Callable[[], None] | None,
     ) -> None:
@@ -81,7 +81,7 @@ class Runner:
         match instruction.op:
             case Op.FORWARD:
                 assert index is not None, "FORWARD names a microbatch"
-                self._forward(index, microbatches[index], loss, training=step is not None)
+                self._forward(index, microbatches[index], finish, training=step is not None)
             case Op.BACKWARD:
                 assert index is not None, "BACKWARD names a microbatch"
                 self._backward(index)
@@ -99,12 +99,12 @@ class Runner:
             case _:
                 assert_never(instruction.op)
 
-    def _forward(self, index: int, microbatch: Microbatch, loss: LossFunction, training: bool) -> None:
+    def _forward(self, index: int, microbatch: Microbatch, finish: Finish, training: bool) -> None:
         live = self._live.setdefault(index, _Live())
         if live.received is not None and training:
             live.received.requires_grad_()  # without it only the last stage would train
         hidden = self.stage(microbatch.tokens, microbatch.packed, live.received)
-        live.output = loss(self.stage, hidden, microbatch) if self.stage.is_last else hidden
+        live.output = finish(self.stage, hidden, microbatch) if self.stage.is_last else hidden
         if not training and self.stage.is_last:
             del self._live[index]
 

@@ -1,7 +1,7 @@
 """The command line: `trainmaster run | master | worker | check | graph FILE`.
 
 Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was started; 128 + n stopped by
-signal n (130 for Ctrl-C, 143 for SIGTERM).
+signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is gone; 4 its master ended the run early.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .api.errors import ConfigError, ModelError, RemoteError, TrainmasterError
+from .api.errors import ConfigError, Interrupted, ModelError, RemoteError, RunError, TrainmasterError
 from .api.experiment_file import LoadedExperiment, read_experiment_file
 
 _OVERRIDES = "every field of the experiment can be set: --model.layout.pp 2; `trainmaster check FILE --help` lists them"
@@ -26,10 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     command: Callable[[argparse.Namespace, list[str]], int] = options.handler
+    if options.file is None or "--help" in overrides:
+        options.parser.print_help()
+        if options.file is None:
+            sys.exit(0 if {"-h", "--help"} & set(overrides) else 2)
     try:
         code = command(options, overrides)
     except TrainmasterError as error:
         code = _report(error)
+    except OSError as error:
+        code = _report(_io_error(error))
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
@@ -48,20 +54,20 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, epilog=_OVERRIDES, allow_abbrev=False, add_help=name == "worker"
         )
-        command.add_argument("file", type=Path, metavar="FILE", help="a Python file that assigns `experiment`")
-        command.set_defaults(handler=handler)
+        command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a file that assigns `experiment`")
+        command.set_defaults(handler=handler, parser=command)
         return command
 
     add("run", _run, "start a master and its workers on this machine, and follow them")
     master = add("master", _master, "start the master alone; workers come by `trainmaster worker`")
-    master.add_argument("--bind", required=True, metavar="ADDRESS", help="tcp://HOST:PORT or ipc://PATH")
+    master.add_argument("--bind", default="", metavar="ADDRESS", help="tcp://HOST:PORT or ipc://PATH")
     master.add_argument(
         "--insecure-plain-tcp",
         action="store_true",
         help="bind an address that other machines reach, without encryption",
     )
     worker = add("worker", _worker, "start one worker")
-    worker.add_argument("--master", required=True, metavar="ADDRESS", help="where the master is bound")
+    worker.add_argument("--master", default="", metavar="ADDRESS", help="where the master is bound")
     worker.add_argument("--advertise", metavar="HOST", help="this machine's address for other workers")
     for service in (master, worker):
         service.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # started by `trainmaster run`
@@ -89,7 +95,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _master(options: argparse.Namespace, overrides: list[str]) -> int:
-    from .system.master import Interrupted, run_master
+    from .system.master import run_master
     from .system.preflight import check_files
     from .system.service.addresses import check_address, is_local
     from .system.service.logs import log_to_stderr
@@ -118,6 +124,8 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
         return 128 + stopped.number
     except TrainmasterError as error:
         return _report(error, logs=path / "logs")
+    except OSError as error:
+        return _report(_io_error(error), logs=path / "logs")
     return 0
 
 
@@ -136,8 +144,7 @@ def _worker(options: argparse.Namespace, overrides: list[str]) -> int:
         end_with_parent()
     from .workers.service import serve
 
-    serve(read_experiment_file(options.file), options.master, options.advertise)
-    return 0
+    return serve(read_experiment_file(options.file), options.master, options.advertise)
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -173,6 +180,10 @@ def _claimed(path: Path) -> Iterator[Path]:
 def _discard(directory: Path) -> None:
     if not (directory / "checkpoints").exists():
         shutil.rmtree(directory)
+
+
+def _io_error(error: OSError) -> RunError:
+    return RunError(f"{error.filename or 'input or output'}: {error.strerror or error}. Make room or rights there")
 
 
 def _report(error: TrainmasterError, logs: Path | None = None) -> int:

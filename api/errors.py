@@ -5,9 +5,13 @@
     │   └── DataError        a dataset's content is wrong (names file and line, or sample)
     ├── ModelError           a model cannot be split, loaded or saved as asked
     ├── ProtocolError        a message that our protocol does not allow
+    ├── ProgramError         a pipeline program that would hang, or compute something else than it should
+    ├── Interrupted          a signal asked the service to stop
     └── RunError             the run failed
         ├── WorkerLost       a worker died, fell silent or closed its connection
+        ├── PeerLost         communication between two workers failed: a symptom, the cause is likely over there
         ├── RemoteError      a request failed on a worker; carries the remote traceback
+        ├── RewardError      a reward function gave no score for a sample
         └── DeadlineExceeded a named wait took longer than it was given
 
 Messages name the field, the value, the rule and the cure. `exit_code` is what the command line leaves with.
@@ -15,6 +19,7 @@ Messages name the field, the value, the rule and the cure. `exit_code` is what t
 
 from __future__ import annotations
 
+import signal
 from typing import ClassVar
 
 
@@ -48,12 +53,28 @@ class ProtocolError(TrainmasterError):
     """A frame or message outside of the protocol."""
 
 
+class ProgramError(TrainmasterError):
+    """A pipeline program that would hang, or compute something else than it should. Names the instruction."""
+
+
+class Interrupted(TrainmasterError):
+    """A signal asked the service to stop."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+        super().__init__(f"stopped by {number.name}")
+
+
 class RunError(TrainmasterError):
     """The run failed after it started."""
 
 
 class WorkerLost(RunError):
     """A worker died, fell silent or closed its connection."""
+
+
+class PeerLost(RunError):
+    """Communication with another worker failed; the cause is likely over there."""
 
 
 class RemoteError(RunError):
@@ -65,6 +86,10 @@ class RemoteError(RunError):
     def __init__(self, where: str, kind: str, message: str, remote_traceback: str) -> None:
         self.where, self.kind, self.message, self.remote_traceback = where, kind, message, remote_traceback
         super().__init__(f"{where} failed with {kind}: {message}")
+
+
+class RewardError(RunError):
+    """A reward function gave no score: the message names the sample, the function, the reason and the cure."""
 
 
 class DeadlineExceeded(RunError):

@@ -59,6 +59,7 @@ class ExperimentFile:
             with _user_code(self.file, "prepare"):
                 self.prepare(experiment)
         canonical = TypeAdapter(type(experiment)).dump_json(experiment)
+        canonical = canonical.replace(str(self.file.resolve().parent).encode(), b".")  # hosts may keep it elsewhere
         return LoadedExperiment(
             file=self.file,
             overrides=tuple(overrides),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
 from .dispatch import settle
 from .rpc.commands import (
@@ -19,6 +20,7 @@ from .rpc.commands import (
 )
 from .rpc.messages import Register, Welcome
 from .rpc.server import Server
+from .service.addresses import is_loopback
 
 DATA_RANK = 0
 """The worker that reads the datasets."""
@@ -35,6 +37,14 @@ class Cluster:
         """Waits for all workers, gives them their ranks, and has them form their process groups."""
         workers = await self.server.workers(self._run.deadlines.register_s)
         hosts = [worker.host for worker in workers]
+        unreachable = [worker for worker in workers if is_loopback(worker.address)]
+        if len(set(hosts)) > 1 and unreachable:
+            raise ConfigError(
+                "--advertise",
+                unreachable[0].address,
+                f"workers are on several hosts, and those elsewhere cannot reach {unreachable[0].host} at this address",
+                f"start the worker on {unreachable[0].host} with --advertise and its address in your network",
+            )
 
         def welcome(rank: int) -> Welcome:
             return Welcome(

@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from ..api.errors import RemoteError
+from ..api.errors import PeerLost, RemoteError
 from .rpc.server import Answer, Server
 
 _CAUSE_GRACE_S = 3.0
-_SYMPTOM = "PeerLost"
-"""The class of the error by which a worker reports that another one is gone."""
 
 
 async def settle(server: Server, futures: Sequence[asyncio.Future[Answer]]) -> list[Answer]:
@@ -55,4 +53,4 @@ def _errors(futures: Sequence[asyncio.Future[Answer]]) -> list[BaseException]:
 
 
 def _is_symptom(error: BaseException) -> bool:
-    return isinstance(error, RemoteError) and error.kind == _SYMPTOM
+    return isinstance(error, RemoteError) and error.kind == PeerLost.__name__

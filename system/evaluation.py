@@ -25,15 +25,15 @@ class Evaluator:
         self._plan = plan
         self._executor = Executor(plan.graph, compiled, server, storage)
         self._stream = SampleStream(server, storage, plan.dataset_field, compiled.run.deadlines.call_s)
-        self._counts = _even_batches(opened.num_sequences, plan.graph.batch_size)
         replicas = max(compiled.models[call.model].model.layout.dp for call in plan.graph.calls)
-        if min(self._counts) < replicas:
+        if opened.num_sequences < replicas:
             raise ConfigError(
                 f"{plan.dataset_field}.path",
                 str(plan.dataset.path),
                 f"it has {opened.num_sequences} sequences, fewer than the layout's dp ({replicas})",
                 "add rows, or lower dp",
             )
+        self._counts = even_batches(opened.num_sequences, plan.graph.batch_size, replicas)
 
     async def run(self) -> dict[str, float]:
         """One pass. Returns `evaluation/NAME` of every statistic, weighted over all sequences."""
@@ -50,8 +50,8 @@ class Evaluator:
         return {f"evaluation/{name}": mean.total / mean.weight for name, mean in totals.items() if mean.weight}
 
 
-def _even_batches(num_sequences: int, batch_size: int) -> list[int]:
-    """Sizes of batches that cover all sequences, none larger than `batch_size`, differing by one at most."""
-    num_batches = -(-num_sequences // batch_size)
+def even_batches(num_sequences: int, batch_size: int, replicas: int) -> list[int]:
+    """Sizes of batches that cover all sequences: about `batch_size` each, differing by one, none below `replicas`."""
+    num_batches = min(-(-num_sequences // batch_size), num_sequences // replicas)
     size, larger = divmod(num_sequences, num_batches)
     return [size + (at < larger) for at in range(num_batches)]

@@ -10,7 +10,7 @@ import logging
 import signal
 from pathlib import Path
 
-from ..api.errors import TrainmasterError
+from ..api.errors import Interrupted
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import CompiledExperiment
 from .cadence import Cadence, plan_cadence
@@ -27,14 +27,6 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 FIRST_EPOCH = 1
-
-
-class Interrupted(TrainmasterError):
-    """A signal asked the master to stop."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        self.number = number
-        super().__init__(f"stopped by {number.name}")
 
 
 async def run_master(loaded: LoadedExperiment, address: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -54,7 +55,7 @@ class Trainer:
             traversal = await self._executor.traverse(samples, self._saves(step))
             self._report(step, traversal, time.perf_counter() - start_s)
             if self._cadence.saves_after(step):
-                path = self._checkpoints.publish(step, traversal.files)
+                path = await asyncio.to_thread(self._checkpoints.publish, step, traversal.files)
                 logger.info("saved %s", path)
                 self._progress.note(f"saved {path}")
             await self._evaluate(step)

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from workbench import Workbench, write_tiny_folder
+
+settings.register_profile("busy", deadline=None)  # the machine is shared: one slow example says nothing
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

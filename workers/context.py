@@ -39,7 +39,9 @@ class ShardGroups:
     """The groups of one shard; None where it would be alone."""
 
     pipe: Group | None = None
-    """All stages of its replica, by stage."""
+    """All stages of its replica, by stage: activations, and sums over stages."""
+    gradients: Group | None = None
+    """The same members: gradients have a channel of their own (NCCL knows no tags, and would wait crosswise)."""
     data: Group | None = None
     """Its stage in all replicas."""
     ends: Group | None = None
@@ -88,6 +90,7 @@ class WorkerContext:
             data = [place.rank(dp, place.pp) for dp in range(layout.dp)]
             self.groups[role] = ShardGroups(
                 pipe=join(f"{role}/pipe", pipe, self.device),
+                gradients=join(f"{role}/gradients", pipe, self.device),
                 data=join(f"{role}/data", data, self.device),
                 ends=join(f"{role}/ends", [pipe[0], pipe[-1]], self.device),
             )

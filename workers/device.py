@@ -6,12 +6,22 @@ import os
 
 import torch
 
+from ..api.errors import ConfigError
 
-def pick_device(rank: int) -> torch.device:
-    """A CUDA device if there is one (workers of a host take turns), else the CPU."""
-    if not torch.cuda.is_available():
+
+def pick_device(rank: int, num_local_workers: int) -> torch.device:
+    """A CUDA device of its own if the host has any, else the CPU. Raises `ConfigError` if there are too few."""
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_devices == 0:
         return torch.device("cpu")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+    if num_local_workers > num_devices:
+        raise ConfigError(
+            "run.workers",
+            num_local_workers,
+            f"this host has {num_devices} CUDA devices, and each worker needs one",
+            "start fewer workers here, or hide the devices (CUDA_VISIBLE_DEVICES=) to run on the CPU",
+        )
+    device = torch.device("cuda", rank % num_local_workers)
     torch.cuda.set_device(device)
     return device
 

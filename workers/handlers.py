@@ -57,7 +57,7 @@ class Handlers:
         self._context = WorkerContext(
             rank=welcome.rank,
             num_workers=welcome.num_workers,
-            device=pick_device(welcome.rank),
+            device=pick_device(welcome.rank, welcome.num_local_workers),
             compiled=compiled,
             name=f"{welcome.run}/{welcome.epoch}",
             address=address,

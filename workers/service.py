@@ -9,6 +9,7 @@ A request that raises is answered with its traceback; the worker lives on, and t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -20,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
-from ..api.errors import ConfigError
+from ..api.errors import ConfigError, ProtocolError
 from ..api.experiment_file import ExperimentFile
-from ..system.rpc.client import Client
+from ..system.rpc.client import EXIT_RUN_FAILED, Client
 from ..system.rpc.commands import Redistribute, Save, ShardFile
 from ..system.rpc.messages import PROTOCOL_VERSION, Failure, Lane, Register, Reply, Request, Success
 from ..system.service.addresses import own_address
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def serve(file: ExperimentFile, master: str, advertise: str | None) -> None:
-    """Runs a worker until its master ends the run. Raises `ConfigError` if the master refuses it."""
+def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
+    """Runs a worker until its master ends the run. Returns an exit code; raises `ConfigError` if it is refused."""
     failpoint("worker.register")
     register = Register(
         protocol=PROTOCOL_VERSION,
@@ -52,33 +53,54 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> None:
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
     log_to_file(Path(welcome.log_directory) / f"worker-{welcome.rank}.log")
-    loaded = file.resolve(welcome.overrides)
-    if loaded.experiment_digest != welcome.experiment_digest:
-        raise ConfigError(
-            "FILE",
-            str(file.file),
-            "its experiment comes out differently here than at the master",
-            "see what it depends on",
-        )
-    Worker(client, Handlers(welcome, loaded, register.address)).run()
+
+    def set_up() -> Handlers:
+        loaded = file.resolve(welcome.overrides)
+        if loaded.experiment_digest != welcome.experiment_digest:
+            raise ConfigError(
+                "FILE",
+                str(file.file),
+                f"the experiment comes out differently on worker {welcome.rank} ({register.host}) than at the master",
+                "make the file independent of its host",
+            )
+        return Handlers(welcome, loaded, register.address)
+
+    Worker(client, set_up).run()
     client.close()
+    return 0 if client.shutdown is not None and client.shutdown.is_done else EXIT_RUN_FAILED
 
 
 class Worker:
-    """Executes the requests of both lanes."""
+    """Executes the requests of both lanes. Sets itself up at the first, so that the master hears if that fails."""
 
-    def __init__(self, client: Client, handlers: Handlers) -> None:
-        self._client, self._handlers = client, handlers
+    def __init__(self, client: Client, set_up: Callable[[], Handlers]) -> None:
+        self._client, self._set_up = client, set_up
+        self._handlers: Handlers | None = None
 
     def run(self) -> None:
-        transfer = threading.Thread(target=self._serve, args=(Lane.TRANSFER,), name="transfer", daemon=True)
-        transfer.start()
+        lanes = [
+            threading.Thread(target=self._serve, args=(lane,), name=lane, daemon=True)
+            for lane in Lane
+            if lane is not Lane.COMPUTE
+        ]
+        for thread in lanes:
+            thread.start()
         self._serve(Lane.COMPUTE)
-        transfer.join()
+        for thread in lanes:
+            thread.join()
 
     def _serve(self, lane: Lane) -> None:
-        while (request := self._client.next_request(lane)) is not None:
-            self._client.reply(self._answer(request))
+        try:
+            while (request := self._client.next_request(lane)) is not None:
+                reply = self._answer(request)
+                try:
+                    self._client.reply(reply)
+                except ProtocolError as error:  # larger than a message may be
+                    self._client.reply(dataclasses.replace(reply, outcome=_failure(error)))
+        except BaseException:
+            logger.exception("the %s lane broke down: this worker ends", lane)
+            logging.shutdown()
+            os._exit(1)
 
     def _answer(self, request: Request) -> Reply:
         seconds: dict[str, float] = {}
@@ -91,22 +113,26 @@ class Worker:
         return Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds=seconds)
 
     def _execute(self, request: Request, seconds: dict[str, float]) -> Success:
+        if self._handlers is None:
+            self._handlers = self._set_up()
+        handlers = self._handlers
         files: list[ShardFile] = []
         for hook in request.pre_hooks:
-            self._run_hook(hook, files, seconds)
-        result = _timed(request.command.type, seconds, lambda: self._handlers.execute(request.command))
+            _run_hook(handlers, hook, files, seconds)
+        result = _timed(request.command.type, seconds, lambda: handlers.execute(request.command))
         for hook in request.post_hooks:
-            self._run_hook(hook, files, seconds)
+            _run_hook(handlers, hook, files, seconds)
         return Success(result=result, files=tuple(files))
 
-    def _run_hook(self, hook: Redistribute | Save, files: list[ShardFile], seconds: dict[str, float]) -> None:
-        match hook:
-            case Redistribute():
-                _timed(hook.type, seconds, lambda: self._handlers.redistribute(hook))
-            case Save():
-                files.append(_timed(hook.type, seconds, lambda: self._handlers.save(hook)))
-            case _:
-                assert_never(hook)
+
+def _run_hook(handlers: Handlers, hook: Redistribute | Save, files: list[ShardFile], seconds: dict[str, float]) -> None:
+    match hook:
+        case Redistribute():
+            _timed(hook.type, seconds, lambda: handlers.redistribute(hook))
+        case Save():
+            files.append(_timed(hook.type, seconds, lambda: handlers.save(hook)))
+        case _:
+            assert_never(hook)
 
 
 def _timed(name: str, seconds: dict[str, float], action: Callable[[], T]) -> T:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..api.errors import RunError
 from ..api.experiments.base import PlacedModel
 from ..system.rpc.commands import Mean
 from .algorithms.base import InferenceAlgorithm, TrainingAlgorithm
@@ -29,12 +32,13 @@ class ModelShard:
         self.placed, self.groups = placed, groups
         self.place = Place.of(placed, context.rank)
         self.device = context.device
+        self._seed = context.compiled.run.seed
         self.stage = _make_stage(placed, self.place, context)
         self.version = 0
         self._optimizer: torch.optim.AdamW | None = None
         if placed.optimizer is not None:
             self._optimizer = make_optimizer(list(self.stage.parameters()), placed.optimizer)
-        self._runner = Runner(self.stage, groups.pipe, context.device, torch.float32)
+        self._runner = Runner(self.stage, groups.pipe, groups.gradients, context.device, torch.float32)
 
     @property
     def owns_outputs(self) -> bool:
@@ -61,6 +65,7 @@ class ModelShard:
 
         self._optimizer.zero_grad(set_to_none=True)
         self.stage.train()
+        self._seed_dropout()
         program = training_program(self.place.layout.pp, len(microbatches))
         self._runner.run(
             program.ranks[self.place.pp],
@@ -99,6 +104,11 @@ class ModelShard:
             self.groups.data.all_reduce(total)
         return max(float(total), 1.0)
 
+    def _seed_dropout(self) -> None:
+        """Of this optimizer step on this shard: dropout repeats in a run of the same seed and layout."""
+        name = f"{self._seed}/{self.placed.field}/{self.version}/{self.place.dp}/{self.place.pp}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big"))
+
     def _reduce(self) -> None:
         if self.groups.data is not None:
             all_reduce_gradients(list(self.stage.parameters()), self.groups.data)
@@ -115,6 +125,11 @@ class ModelShard:
         if self.groups.pipe is not None:
             self.groups.pipe.all_reduce(squares)
         norm = float(squares.sqrt())
+        if not math.isfinite(norm):
+            raise RunError(
+                f"the gradient norm is {norm} at optimizer step {self.version + 1}; the weights are as before it. "
+                "Lower the learning rate, or look for bad data in this step"
+            )
         clip(list(self.stage.parameters()), norm, self.placed.optimizer.max_gradient_norm)
         rate = learning_rate(self.placed.optimizer, self.version + 1)
         for group in self._optimizer.param_groups:

@@ -12,12 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ...api.errors import ConfigError
+from ..rpc.client import EXIT_RUN_FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,7 @@ class LocalRun:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal, number)
         children: list[Child] = []
-        with tempfile.TemporaryDirectory(prefix="trainmaster-") as folder:
+        with tempfile.TemporaryDirectory(prefix="trainmaster-", dir=_short_folder()) as folder:
             address = f"ipc://{folder}/master"
             try:
                 children.append(await self._start_master(address))
@@ -81,24 +86,31 @@ class LocalRun:
         return await _start(f"worker process {index}", ["worker", str(self.file), "--master", address], output)
 
     async def _wait(self, children: list[Child], stop: asyncio.Event) -> int:
+        """Until the master ends, a worker dies, or we are told to stop. Returns an exit code."""
         master, workers = children[0], children[1:]
         stopping = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait([stopping, *(child.ended for child in children)], return_when=asyncio.FIRST_COMPLETED)
-            if not master.ended.done():
-                if stopping.done():
-                    master.process.terminate()
-                await asyncio.wait([master.ended], timeout=_MASTER_GRACE_S)
-            dead = [child for child in workers if child.ended.done() and child.ended.result() != 0]
-            if stopping.done() or not dead:
-                return master.ended.result() if master.ended.done() else 1
+            waiting: set[asyncio.Task[Any]] = {stopping, *(child.ended for child in children)}  # Any: nobody reads them
+            while waiting and not stopping.done() and not master.ended.done() and not _dead(workers):
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            dead = _dead(workers)  # now: those that end after the master were told to
+            if stopping.done() and not master.ended.done():
+                master.process.terminate()
+            await asyncio.wait([master.ended], timeout=_MASTER_GRACE_S)
             code = master.ended.result() if master.ended.done() else 1
-            if code != 2:  # a user's mistake is told by the master alone
+            if code < 0:
+                dead, code = [*dead, master], 1
+            if not stopping.done() and code != ConfigError.exit_code:  # a user's mistake is told by the master alone
                 for child in dead:
                     sys.stderr.write(_obituary(child))
-            return code or 1
+            return (code or 1) if dead else code
         finally:
             stopping.cancel()
+
+
+def _dead(children: list[Child]) -> list[Child]:
+    """Those that ended by themselves, rather than because the master told them to."""
+    return [child for child in children if child.ended.done() and child.ended.result() not in (0, EXIT_RUN_FAILED)]
 
 
 async def _start(name: str, arguments: list[str], output: Path | None) -> Child:
@@ -109,6 +121,7 @@ async def _start(name: str, arguments: list[str], output: Path | None) -> Child:
             sink = stack.enter_context(output.open("wb"))
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # the current folder's modules are not ours to import
             "-m",
             "trainmaster",
             *arguments,
@@ -140,10 +153,16 @@ def _is_over(children: list[Child]) -> bool:
     return children[0].ended.done() and children[0].ended.result() == 0
 
 
+def _short_folder() -> str | None:
+    """A socket's path has room for about 100 characters: a long TMPDIR will not do."""
+    return "/tmp" if len(tempfile.gettempdir()) > 60 and os.path.isdir("/tmp") else None
+
+
 def _obituary(child: Child) -> str:
     code = child.ended.result()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-    text = f"error: {child.name} (pid {child.process.pid}) {how}; its output is in {child.output}\n"
+    where = "its logs are in the run directory" if child.output is None else f"its output is in {child.output}"
+    text = f"error: {child.name} (pid {child.process.pid}) {how}; {where}\n"
     if child.output is not None:
         last = child.output.read_text(errors="replace").splitlines()[-15:]
         text += "".join(f"  | {line}\n" for line in last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import sys
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...api.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 _CLOSE_S = 10.0
 
@@ -20,25 +23,30 @@ class MetricsLog:
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
         self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="metrics", daemon=True)
         self._thread.start()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Never waits. Raises `RunError` if writing has failed."""
-        if self._failure is not None:
-            raise RunError(f"metrics cannot be written to {self._directory}: {self._failure}") from self._failure
+        self._check()
         self._queue.put((step, dict(values)))
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk. Raises `RunError` if it is not."""
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise RunError(f"metrics cannot be written to {self._directory}: {self._failure}") from self._failure
 
     def _write(self) -> None:
         try:
             self._write_all()
-        except OSError as error:
+        except Exception as error:
+            logger.exception("metrics are lost from here on")
             self._failure = error
 
     def _write_all(self) -> None:

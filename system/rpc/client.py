@@ -25,6 +25,8 @@ from .messages import HEARTBEAT_S, Heartbeat, Lane, Message, Ping, Refuse, Regis
 logger = logging.getLogger(__name__)
 
 EXIT_MASTER_LOST = 3
+EXIT_RUN_FAILED = 4
+"""The run failed or was stopped, and the master told this worker so."""
 _SHUTDOWN_GRACE_S = 3.0
 _REPLIES = "inproc://replies"
 
@@ -37,6 +39,8 @@ class Client:
         self._requests: dict[Lane, queue.SimpleQueue[Request | None]] = {lane: queue.SimpleQueue() for lane in Lane}
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown] = queue.SimpleQueue()
         self._welcomed: Welcome | None = None
+        self.shutdown: Shutdown | None = None
+        """The master's last word, once it has spoken it."""
         self._finished = threading.Event()
         self._context = zmq.Context()
         self._outbox: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
@@ -83,11 +87,10 @@ class Client:
         dealer.setsockopt(zmq.LINGER, 1000)
         dealer.setsockopt(zmq.IPV6, "[" in self._master)
         dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         replies: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         replies.connect(_REPLIES)
         dealer.connect(self._master)
-        dealer.send_multipart(codec.encode(self._register))
         poller = zmq.Poller()
         for socket in (dealer, monitor, replies):
             poller.register(socket, zmq.POLLIN)
@@ -100,20 +103,27 @@ class Client:
             if dealer in ready:
                 last_heard_s = now_s
                 self._receive(dealer.recv_multipart())
+            if monitor in ready:
+                self._follow(recv_monitor_message(monitor)["event"], dealer)
             if self._welcomed is None:
                 last_heard_s = now_s  # before the welcome, `welcome` watches the clock
                 continue
-            if monitor in ready:
-                recv_monitor_message(monitor)
-                while dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
-                    self._receive(dealer.recv_multipart())
-                self._leave("the master closed its connection")
             if now_s - last_heard_s > self._welcomed.silence_s:
                 self._leave(f"the master sent no sign of life for {now_s - last_heard_s:.0f} s")
             if now_s - last_sent_s >= HEARTBEAT_S:
                 last_sent_s = now_s
                 beat = Heartbeat(run=self._welcomed.run, epoch=self._welcomed.epoch)
                 dealer.send_multipart(codec.encode(beat))
+
+    def _follow(self, event: int, dealer: zmq.Socket[bytes]) -> None:
+        """Registers with whoever is at the other end until one welcomes us; after that, its loss is the end."""
+        if self._welcomed is None:
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                dealer.send_multipart(codec.encode(self._register))
+        elif event == zmq.EVENT_DISCONNECTED:
+            while dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
+                self._receive(dealer.recv_multipart())
+            self._leave("the master closed its connection")
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -137,18 +147,20 @@ class Client:
                 logger.info("shutting down: %s", message.reason)
                 self._answers.put(message)
                 if self._welcomed is not None:
-                    self._wind_up()
+                    self._wind_up(message)
             case Ping():
                 pass
             case _:
                 logger.warning("dropped a %s from the master: not a master's message", message.type)
 
-    def _wind_up(self) -> None:
+    def _wind_up(self, shutdown: Shutdown) -> None:
+        self.shutdown = shutdown
         for lane in Lane:
             self._requests[lane].put(None)
         if not self._finished.wait(_SHUTDOWN_GRACE_S):
             logger.warning("still busy %g s after the shutdown: leaving at once", _SHUTDOWN_GRACE_S)
-            os._exit(0)
+            logging.shutdown()
+            os._exit(0 if shutdown.is_done else EXIT_RUN_FAILED)
         threading.Event().wait()  # the main thread ends the process
 
     def _leave(self, why: str) -> None:

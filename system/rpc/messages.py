@@ -129,6 +129,8 @@ class Request:
 @record
 class Shutdown:
     type: Literal["shutdown"] = "shutdown"
+    is_done: bool
+    """Whether the run came to its end, rather than failed."""
     reason: str
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -87,14 +88,15 @@ class Server:
         self._code_digest, self._silence_s = code_digest, silence_s
         self._peers: dict[bytes, Peer] = {}
         self._ranks: list[Peer] = []
+        self._strangers: deque[str] = deque(maxlen=1)
+        """Why the last message that could not be read was dropped."""
         self._num_requests = 0
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.IPV6, "[" in address)
-        self._socket.setsockopt(
-            zmq.ROUTER_MANDATORY, 1
-        )  # a send to a closed connection is an error: how we learn of it
+        # a send to a closed connection is then an error: how we learn of it
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 10_000)
         try:
@@ -123,13 +125,14 @@ class Server:
         reason = "the run is over" if error is None else f"the run ended: {error or type(error).__name__}"
         for peer in list(self._peers.values()):
             with contextlib.suppress(zmq.ZMQError):
-                self._send(peer, Shutdown(reason=reason[:2000]))
+                self._send(peer, Shutdown(is_done=error is None, reason=reason[:2000]))
             for pending in peer.pending.values():
                 pending.timer.cancel()
                 pending.future.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self.lost.cancel()
-        await asyncio.to_thread(self._context.destroy, 500)
+        self._socket.close(linger=500)  # here, on the thread that uses it
+        await asyncio.to_thread(self._context.term)
 
     async def workers(self, deadline_s: float) -> list[Register]:
         """Waits until every worker has registered; then ranks are fixed, workers of one host side by side.
@@ -148,6 +151,7 @@ class Server:
                 f"only {len(self._peers)} of {self.num_workers} workers registered at {self.address} within "
                 f"{deadline_s:g} s (run.deadlines.register_s). Start the missing ones with "
                 f"`trainmaster worker FILE --master {self.address}`, or look into their logs"
+                + "".join(f". A message was dropped: {reason}" for reason in self._strangers)
             )
         peers = list(self._peers.values())
         hosts = list(dict.fromkeys(peer.register.host for peer in peers))
@@ -235,6 +239,9 @@ class Server:
                 message = codec.decode(frames)
             except ProtocolError as error:
                 logger.warning("dropped a message from route %s: %s", route.hex(), error)
+                self._strangers.append(str(error))
+                if route in self._peers:
+                    self._lose(self._peers[route], f"sent what cannot be read ({error})")
                 continue
             self._receive(route, message)
 
@@ -293,6 +300,7 @@ class Server:
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
+        self._drain()  # after a stall, signs of life lie unread
         self.probe()
         for peer in list(self._peers.values()):
             silent_s = self._loop.time() - peer.last_heard_s

@@ -26,7 +26,11 @@ def is_local(address: str) -> bool:
     """Whether only this machine can reach the address: ipc, or a loopback address."""
     if address.startswith("ipc://"):
         return True
-    host = _host(address)
+    return is_loopback(_host(address))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this is an address or a name of the machine that asks, whichever that is."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -22,7 +22,7 @@ def test_exit_codes(kind: type[TrainmasterError], exit_code: int):
 
 def test_every_error_is_in_the_tree_and_drawn_in_the_docstring():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert len(kinds) == 9
+    assert len(kinds) == 13
     for kind in kinds:
         assert issubclass(kind, TrainmasterError)
         assert kind.__name__ in errors.__doc__

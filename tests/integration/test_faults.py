@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from workbench import Workbench
@@ -122,3 +125,45 @@ def test_an_exception_in_a_worker_reaches_the_master(workbench: Workbench) -> No
 
 def test_a_token_outside_of_the_vocabulary(workbench: Workbench) -> None:
     check_refused(workbench, "vocab_size", "train.jsonl:1", overrides=("--model.config.vocab_size", "10"))
+
+
+def test_a_killed_master_is_named(workbench: Workbench) -> None:
+    process = workbench.start("run", str(workbench.file), "--run.steps", "100000")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    (master,) = [pid for pid in workbench.survivors() if b"\0master\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(master, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert f"error: master (pid {master}) was killed by SIGKILL" in err
+    assert workbench.wait_until_gone(1.0) == []
+
+
+def test_a_worker_whose_experiment_comes_out_differently_tells_the_master(workbench: Workbench) -> None:
+    text = workbench.file.read_text() + "import os, dataclasses\n"
+    text += "if '\\0worker\\0' in open('/proc/self/cmdline').read():\n"
+    text += "    experiment = dataclasses.replace(experiment, batch_size=8)\n"
+    workbench.file.write_text(text)
+    check_refused(workbench, "FILE", "comes out differently on worker 0")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_harms_the_weights(workbench: Workbench) -> None:
+    done = workbench.run("--optimizer.learning_rate", "1e30", "--optimizer.max_gradient_norm", "None")
+    assert done.returncode == 1, done.stdout
+    assert "the gradient norm is nan at optimizer step" in done.stderr or "norm is inf" in done.stderr
+    assert not (workbench.folder / "runs" / "test" / "checkpoints").exists()
+
+
+def test_an_evaluation_of_odd_size_is_spread_over_copies(workbench: Workbench) -> None:
+    done = workbench.run("--model.layout.dp", "2", "--batch_size", "2", "--run.steps", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(workbench.series("evaluation/loss")) == 2
+
+
+def test_help_needs_no_file(workbench: Workbench) -> None:
+    process = workbench.start("master", "--help")
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "--insecure-plain-tcp" in out

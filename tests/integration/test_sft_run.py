@@ -15,6 +15,7 @@ LAYOUTS = {
     "pp1": [],
     "pp2": ["--model.layout.pp", "2"],
     "dp2": ["--model.layout.dp", "2"],
+    "pp3": ["--model.layout.pp", "3", "--minibatch_size", "8"],
     "pp2dp2": ["--model.layout.pp", "2", "--model.layout.dp", "2", "--minibatch_size", "8"],
 }
 
@@ -107,15 +108,21 @@ def test_equals_the_plain_loop_step_by_step(layout: str, workbench: Workbench, i
 
 def test_initial_weights_and_evaluation_do_not_depend_on_the_layout(workbench: Workbench) -> None:
     results: dict[str, tuple[list[float], list[float]]] = {}
-    for name, overrides in (("one", []), ("two", ["--model.layout.pp", "2"])):
+    layouts = {
+        "one": [],
+        "two": ["--model.layout.pp", "2"],
+        "copies": ["--model.layout.dp", "2", "--batch_size", "16"],
+    }
+    for name, overrides in layouts.items():
         done = workbench.run("--run.name", name, "--run.evaluate_every", "2", *overrides)
         assert done.returncode == 0, done.stderr
         results[name] = workbench.series("train/loss", name), workbench.series("evaluation/loss", name)
         assert "sizes" in done.stdout
         assert "minibatch" in done.stdout
         assert "step 4/4" in done.stdout
-    assert results["two"][0] == pytest.approx(results["one"][0], abs=1e-5)
-    assert results["two"][1] == pytest.approx(results["one"][1], abs=1e-5)
+    for name in ("two", "copies"):
+        assert results[name][0] == pytest.approx(results["one"][0], abs=1e-5)
+        assert results[name][1] == pytest.approx(results["one"][1], abs=1e-5)
     assert len(results["one"][1]) == 3, "before the first step, after the second and after the last"
     assert results["one"][1][-1] < results["one"][1][0]
 

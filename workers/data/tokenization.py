@@ -154,7 +154,7 @@ def _chat_segments(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, whe
     def render(count: int, prompt: bool) -> str:
         try:
             text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except TemplateError as error:
+        except (TemplateError, ValueError, IndexError) as error:
             raise DataError(
                 f"{where}, field {field}",
                 messages,

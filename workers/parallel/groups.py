@@ -17,9 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore  # the public names lack types
 
-
-class PeerLost(Exception):
-    """Communication with another worker failed; the cause is likely over there."""
+from ...api.errors import PeerLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,10 @@ class Sending:
     tensor: Tensor
     work: dist.Work
     group: Group
+
+    def is_done(self) -> bool:
+        """Whether the tensor is free again; a failure shows in `wait`."""
+        return bool(self.work.is_completed()) and bool(self.work.is_success())
 
     def wait(self) -> None:
         with self.group.named("send"):

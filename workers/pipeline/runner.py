@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.microbatch import Microbatch
 from ..models.stage import Stage
 from ..parallel.groups import Group, Sending
-from .instructions import EdgeKind, Instruction, Op
+from .instructions import Edge, EdgeKind, Instruction, Op
 
 Finish = Callable[[Stage, Tensor, Microbatch], Tensor | None]
 """What the last stage does with a microbatch's hidden states `[1, T, H]`; in training it returns the scalar loss."""
@@ -39,10 +39,11 @@ class _Live:
 
 @dataclass(slots=True)
 class Runner:
-    """Runs programs on one stage. `pipe` joins the stages of one replica by stage index; None if there is one stage."""
+    """Runs programs on one stage. The two groups join the stages of one replica by index; None for one stage."""
 
     stage: Stage
-    pipe: Group | None
+    activations: Group | None
+    gradients: Group | None
     device: torch.device
     dtype: torch.dtype
     _live: dict[int, _Live] = field(default_factory=dict)
@@ -131,7 +132,8 @@ class Runner:
             assert live.received.grad is not None, "the backward has filled the gradient"
             tensor = live.received.grad
             del self._live[index]
-        self._sendings.append(self._pipe().send(tensor.contiguous(), edge.target, tag=_tag(instruction)))
+        self._sendings = [sending for sending in self._sendings if not sending.is_done()]
+        self._sendings.append(self._channel(edge).send(tensor.contiguous(), edge.target, tag=_tag(instruction)))
 
     def _receive(self, instruction: Instruction, microbatch: Microbatch) -> None:
         edge, index = instruction.edge, instruction.microbatch
@@ -140,20 +142,20 @@ class Runner:
         tensor = torch.empty(
             1, microbatch.num_tokens, self.stage.hidden_size, dtype=self.dtype, device=self.device
         )  # [1, T, H]
-        self._pipe().receive(tensor, edge.source, tag=_tag(instruction))
+        self._channel(edge).receive(tensor, edge.source, tag=_tag(instruction))
         live = self._live.setdefault(index, _Live())
         if edge.kind is EdgeKind.ACTIVATION:
             live.received = tensor
         else:
             live.gradient = tensor
 
-    def _pipe(self) -> Group:
-        assert self.pipe is not None, "a program with communication runs on several stages"
-        return self.pipe
+    def _channel(self, edge: Edge) -> Group:
+        group = self.activations if edge.kind is EdgeKind.ACTIVATION else self.gradients
+        assert group is not None, "a program with communication runs on several stages"
+        return group
 
 
 def _tag(instruction: Instruction) -> int:
-    """Of a message, the same on both ends: activations and gradients of one microbatch differ."""
+    """Of a message, the same on both ends."""
     assert instruction.microbatch is not None, "communication names a microbatch"
-    assert instruction.edge is not None, "communication names an edge"
-    return 2 * instruction.microbatch + (instruction.edge.kind is EdgeKind.GRADIENT)
+    return instruction.microbatch

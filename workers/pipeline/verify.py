@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from ...api.errors import ProgramError
 from .instructions import Edge, EdgeKind, Instruction, Op, Program
-
-
-class ProgramError(Exception):
-    """A program that would hang, or compute something else than it should. Names the instruction."""
 
 
 def verify(program: Program) -> None:

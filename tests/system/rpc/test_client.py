@@ -79,6 +79,15 @@ class Master:
         self.route, *frames = self.router.recv_multipart()
         assert isinstance(codec.decode(frames), Register)
 
+    def restart(self) -> None:
+        """A new socket at the same address, that the worker finds by itself."""
+        self.router.close(linger=0)
+        self.router = self.context.socket(zmq.ROUTER)
+        self.router.setsockopt(zmq.RCVTIMEO, 10_000)
+        self.router.bind(self.address)
+        self.route, *frames = self.router.recv_multipart()
+        assert isinstance(codec.decode(frames), Register)
+
     def send(self, message: Message) -> None:
         self.router.send_multipart([self.route, *codec.encode(message)])
 
@@ -131,7 +140,7 @@ def test_a_life_from_welcome_to_shutdown(master: Master):
     master.send(Ping())
     master.send(request(4))
     assert master.reply() == Reply(run=RUN, epoch=EPOCH, id=4, outcome=Success(result=Done()), seconds={})
-    master.send(Shutdown(reason="the run is over"))
+    master.send(Shutdown(is_done=True, reason="the run is over"))
     assert master.ended()[:2] == (0, "over\n")
 
 
@@ -165,8 +174,26 @@ def test_a_busy_worker_leaves_after_a_shutdown(master: Master):
     master.start("busy")
     master.send(welcome())
     assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
-    master.send(Shutdown(reason="the run is over"))
+    master.send(Shutdown(is_done=True, reason="the run is over"))
     assert master.ended()[:2] == (0, "")
+
+
+def test_a_busy_worker_of_a_failed_run_says_so_by_its_exit_code(master: Master):
+    master.start("busy")
+    master.send(welcome())
+    assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+    master.send(Shutdown(is_done=False, reason="another worker was lost"))
+    assert master.ended()[0] == 4
+
+
+def test_a_worker_registers_again_with_a_master_that_came_back(master: Master):
+    master.start()
+    master.restart()
+    master.send(welcome())
+    master.send(request(1))
+    assert master.reply().id == 1
+    master.send(Shutdown(is_done=True, reason="the run is over"))
+    assert master.ended()[:2] == (0, "over\n")
 
 
 def test_a_refusal_is_a_config_error(master: Master):
@@ -179,7 +206,7 @@ def test_a_refusal_is_a_config_error(master: Master):
 
 def test_a_shutdown_before_the_welcome_is_a_run_error(master: Master):
     master.start()
-    master.send(Shutdown(reason="another worker was lost"))
+    master.send(Shutdown(is_done=False, reason="another worker was lost"))
     assert master.ended()[:2] == (0, "RunError the master is shutting down: another worker was lost\n")
 
 

@@ -334,11 +334,21 @@ def test_garbage_is_dropped(tmp_path: Path, frames: list[bytes]):
         await stranger.socket.send_multipart(frames)
         await stranger.send(Heartbeat(run=RUN, epoch=EPOCH))
         worker = await welcomed(server, connect)
-        await worker.socket.send_multipart(frames)
-        await worker.send(Shutdown(reason="a worker does not say this"))
+        await worker.send(Shutdown(is_done=True, reason="a worker does not say this"))
         future = submit(server)
         await worker.answer(await worker.receive(), Success(result=Done()))
         await future
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_worker_that_sends_what_cannot_be_read_is_lost(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        future = submit(server)
+        await worker.socket.send_multipart([b"x", b"y"])
+        with pytest.raises(WorkerLost, match=r"worker 0 .* sent what cannot be read \(header b'x'"):
+            await future
 
     with_server(tmp_path, scenario)
 
@@ -459,7 +469,7 @@ def test_at_the_end_workers_are_told(tmp_path: Path):
             await worker.receive()
         assert unanswered.cancelled()
         async with asyncio.timeout(5):
-            assert await worker.receive() == Shutdown(reason="the run is over")
+            assert await worker.receive() == Shutdown(is_done=True, reason="the run is over")
         context.destroy(linger=0)
 
     asyncio.run(main())
@@ -479,7 +489,7 @@ def test_after_a_failure_workers_are_told_why(tmp_path: Path):
         with pytest.raises(RuntimeError, match="the disk is full"):
             await fail()
         async with asyncio.timeout(5):
-            assert await workers[0].receive() == Shutdown(reason="the run ended: the disk is full")
+            assert await workers[0].receive() == Shutdown(is_done=False, reason="the run ended: the disk is full")
         context.destroy(linger=0)
 
     asyncio.run(main())

@@ -11,21 +11,47 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .api.algorithms import KLEstimator, LossNormalisation
     from .api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+    from .api.experiments.grpo import GRPO, GRPOEvaluation
     from .api.experiments.sft import SFT
+    from .api.rewards import OnFailure, Reward
+    from .api.sampling import Sampling
 
 __version__ = "0.1.0"
 
 _HOME = {
     "SFT": "api.experiments.sft",
+    "GRPO": "api.experiments.grpo",
+    "GRPOEvaluation": "api.experiments.grpo",
     "Dataset": "api.config",
     "Deadlines": "api.config",
+    "KLEstimator": "api.algorithms",
     "Layout": "api.config",
+    "LossNormalisation": "api.algorithms",
     "Model": "api.config",
+    "OnFailure": "api.rewards",
     "Optimizer": "api.config",
+    "Reward": "api.rewards",
     "RunOptions": "api.config",
+    "Sampling": "api.sampling",
 }
-__all__ = ["SFT", "Dataset", "Deadlines", "Layout", "Model", "Optimizer", "RunOptions"]
+__all__ = [
+    "GRPO",
+    "SFT",
+    "Dataset",
+    "Deadlines",
+    "GRPOEvaluation",
+    "KLEstimator",
+    "Layout",
+    "LossNormalisation",
+    "Model",
+    "OnFailure",
+    "Optimizer",
+    "Reward",
+    "RunOptions",
+    "Sampling",
+]
 
 
 def __getattr__(name: str) -> object:

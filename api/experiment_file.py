@@ -106,7 +106,11 @@ def _override(experiment: Experiment, overrides: Sequence[str], prog: str) -> Ex
     if not overrides:
         return experiment
     return tyro.cli(
-        type(experiment), default=experiment, args=list(overrides), prog=prog, config=(tyro.conf.AvoidSubcommands,)
+        type(experiment),
+        default=experiment,
+        args=list(overrides),
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
     )
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
+from .algorithms import AlgorithmSettings
 from .errors import ConfigError
+from .functions import RewardFunction
 from .record import record
 
 if TYPE_CHECKING:
@@ -27,16 +29,17 @@ DATASET = "dataset"
 class CallKind(StrEnum):
     """What a call does with its model."""
 
+    GENERATE = "generate"
     INFERENCE = "inference"
     TRAIN_STEP = "train_step"
 
 
 @record
 class Microbatching:
-    """How the sequences of one minibatch are cut into pipeline slots."""
+    """How the sequences of one request are cut into pipeline slots."""
 
     max_tokens: PositiveInt
-    """The most tokens in one microbatch; a longer sequence is an error that names it."""
+    """The most tokens in one microbatch (of a generation: the most that its responses may grow to)."""
     min_count: PositiveInt = 1
     """At least this many microbatches on each data-parallel rank, if there are enough sequences."""
 
@@ -50,17 +53,36 @@ class ModelFunctionCall:
     model: str
     """The role of the model that is called."""
     kind: CallKind
-    algorithm: str
-    """The name of the algorithm that the workers run."""
+    settings: AlgorithmSettings
+    """The algorithm that the workers run, with its hyper-parameters."""
     inputs: tuple[str, ...]
-    """Keys it reads."""
+    """Keys it reads; the first tells how long a sequence is."""
     outputs: tuple[str, ...] = ()
     """Keys it adds to each sequence."""
     batch_size: PositiveInt
     """Sequences a traversal."""
     minibatch_size: PositiveInt
-    """Sequences an optimizer step (for inference: sequences a request)."""
+    """Sequences a request; of a `train_step`: sequences an optimizer step."""
+    passes: PositiveInt = 1
+    """How often it goes over its batch; more than once only for a `train_step`."""
     microbatching: Microbatching
+
+
+@record
+class FunctionCall:
+    """One node: a user's function on samples, in killable processes beside a worker."""
+
+    name: str
+    """Unique in its graph."""
+    function: RewardFunction
+    """What is called, and what becomes of its results."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    batch_size: PositiveInt
+    """Sequences a traversal."""
+
+
+Call = ModelFunctionCall | FunctionCall
 
 
 class Graph:
@@ -69,8 +91,10 @@ class Graph:
     Raises `ConfigError` for a name or key with two producers, an input that nobody produces, or a cycle.
     """
 
-    def __init__(self, name: str, calls: tuple[ModelFunctionCall, ...], dataset_keys: tuple[str, ...]) -> None:
-        self.name, self.dataset_keys = name, dataset_keys
+    def __init__(
+        self, name: str, calls: tuple[Call, ...], dataset_keys: tuple[str, ...], sequences_per_row: int = 1
+    ) -> None:
+        self.name, self.dataset_keys, self.sequences_per_row = name, dataset_keys, sequences_per_row
         self._producer: dict[str, str] = dict.fromkeys(dataset_keys, DATASET)
         self._call = {call.name: call for call in calls}
         if len(self._call) < len(calls):
@@ -100,7 +124,7 @@ class Graph:
                     )
         self.calls = self._in_order()
 
-    def _in_order(self) -> tuple[ModelFunctionCall, ...]:
+    def _in_order(self) -> tuple[Call, ...]:
         import networkx
 
         try:
@@ -130,5 +154,17 @@ class Graph:
 
     @property
     def batch_size(self) -> int:
-        """Sequences that one traversal takes from the dataset."""
-        return max(call.batch_size for call in self.calls)
+        """Rows that one traversal takes from the dataset."""
+        return max(call.batch_size for call in self.calls) // self.sequences_per_row
+
+    @property
+    def model_calls(self) -> tuple[ModelFunctionCall, ...]:
+        return tuple(call for call in self.calls if isinstance(call, ModelFunctionCall))
+
+    @property
+    def function_calls(self) -> tuple[FunctionCall, ...]:
+        return tuple(call for call in self.calls if isinstance(call, FunctionCall))
+
+    def call(self, name: str) -> Call:
+        """The call of this name."""
+        return self._call[name]

@@ -12,18 +12,21 @@ from .errors import DataError
 Row = Mapping[str, Any]  # Any: a JSON object of the user's
 
 
-def check_json_lines(dataset: Dataset, field: str) -> int:
+def check_json_lines(dataset: Dataset, field: str, has_answers: bool = True) -> int:
     """Reads the file to its end. Returns the number of rows; raises `DataError` as `read_json_lines` does."""
-    return sum(1 for _ in read_json_lines(dataset, field))
+    return sum(1 for _ in read_json_lines(dataset, field, has_answers))
 
 
-def read_json_lines(dataset: Dataset, field: str) -> Iterator[tuple[int, Row]]:
+def read_json_lines(dataset: Dataset, field: str, has_answers: bool = True) -> Iterator[tuple[int, Row]]:
     """Rows with their 1-based line numbers; blank lines are none. Every row is an object with the dataset's fields.
 
     Values are as they stand: no guessing of dates. Raises `DataError` naming the first bad line, or an empty
     or unreadable file; `field` is the experiment's field that holds the path.
     """
-    needed = (dataset.messages,) if dataset.messages is not None else (dataset.prompt, dataset.answer)
+    if dataset.messages is not None:
+        needed: tuple[str, ...] = (dataset.messages,)
+    else:
+        needed = (dataset.prompt, dataset.answer) if has_answers else (dataset.prompt,)
     is_empty = True
     try:
         with dataset.path.open("rb") as file:

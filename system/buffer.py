@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..api.batch import KeyColumn, Samples
-from ..api.graph import Graph, ModelFunctionCall
+from ..api.graph import Call, Graph
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class _Entry:
     """Calls that have taken it."""
     done: set[str] = field(default_factory=set)
     """Calls that are done with it."""
+    is_dropped: bool = False
+    """No further call takes it."""
 
 
 class SequenceBuffer:
@@ -40,15 +42,17 @@ class SequenceBuffer:
             assert sequence not in self._entries, f"sequence {sequence} is admitted twice"
             self._entries[sequence] = _Entry(dict(samples.select([position]).keys))
 
-    def take(self, call: ModelFunctionCall, count: int) -> Samples | None:
+    def take(self, call: Call, count: int) -> Samples | None:
         """The `count` oldest sequences that have all of the call's inputs and that it has not taken; None if fewer."""
         ready = [
             sequence
             for sequence, entry in self._entries.items()
-            if call.name not in entry.taken and all(key in entry.columns for key in call.inputs)
+            if self._is_open(entry, call) and all(key in entry.columns for key in call.inputs)
         ][:count]
         if len(ready) < count:
             return None
+        if not ready:
+            return Samples(ids=(), keys={})
         parts = []
         for sequence in ready:
             entry = self._entries[sequence]
@@ -56,18 +60,37 @@ class SequenceBuffer:
             parts.append(Samples(ids=(sequence,), keys={key: entry.columns[key] for key in call.inputs}))
         return Samples.gather(parts)
 
-    def amend(self, samples: Samples) -> None:
-        """Adds keys to sequences in flight."""
-        for position, sequence in enumerate(samples.ids):
-            self._entries[sequence].columns.update(samples.select([position]).keys)
+    def num_open(self, call: Call) -> int:
+        """How many sequences the call has yet to take, ready or not."""
+        return sum(self._is_open(entry, call) for entry in self._entries.values())
 
-    def finish(self, call: ModelFunctionCall, sequences: Sequence[str]) -> tuple[str, ...]:
+    def drop(self, sequences: Sequence[str]) -> tuple[str, ...]:
+        """No further call takes these; returns those of them that nobody is reading: they retire."""
+        for sequence in sequences:
+            self._entries[sequence].is_dropped = True
+        return self._retire(sequences)
+
+    def amend(self, samples: Samples) -> None:
+        """Adds keys to sequences in flight; those that have retired are passed over."""
+        for position, sequence in enumerate(samples.ids):
+            if sequence in self._entries:
+                self._entries[sequence].columns.update(samples.select([position]).keys)
+
+    def finish(self, call: Call, sequences: Sequence[str]) -> tuple[str, ...]:
         """The call is done with these; returns those of them that retire."""
+        for sequence in sequences:
+            self._entries[sequence].done.add(call.name)
+        return self._retire(sequences)
+
+    def _retire(self, sequences: Sequence[str]) -> tuple[str, ...]:
         retired = []
         for sequence in sequences:
             entry = self._entries[sequence]
-            entry.done.add(call.name)
-            if entry.done == self._readers:
+            if entry.done == (entry.taken if entry.is_dropped else self._readers):
                 del self._entries[sequence]
                 retired.append(sequence)
         return tuple(retired)
+
+    @staticmethod
+    def _is_open(entry: _Entry, call: Call) -> bool:
+        return call.name not in entry.taken and not entry.is_dropped

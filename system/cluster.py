@@ -8,6 +8,7 @@ from pathlib import Path
 from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
 from .dispatch import settle
+from .executor import DATA_RANK
 from .rpc.commands import (
     Command,
     DatasetOpened,
@@ -16,14 +17,12 @@ from .rpc.commands import (
     LoadModel,
     ModelLoaded,
     OpenDataset,
+    OpenFunction,
     StoreAddress,
 )
 from .rpc.messages import Register, Welcome
 from .rpc.server import Server
 from .service.addresses import is_loopback
-
-DATA_RANK = 0
-"""The worker that reads the datasets."""
 
 
 class Cluster:
@@ -86,6 +85,18 @@ class Cluster:
         (opened,) = await self._ask(f"open {name}", [(DATA_RANK, OpenDataset(dataset=name))])
         assert isinstance(opened, DatasetOpened), "OpenDataset is answered by DatasetOpened"
         return opened
+
+    async def open_functions(self) -> None:
+        """Has the data worker start the processes of all function calls."""
+        compiled = self._loaded.compiled
+        graphs = [compiled.graph, *([compiled.evaluation.graph] if compiled.evaluation is not None else [])]
+        requests: list[tuple[int, Command]] = [
+            (DATA_RANK, OpenFunction(graph=graph.name, call=call.name))
+            for graph in graphs
+            for call in graph.function_calls
+        ]
+        if requests:
+            await self._ask("start functions", requests)
 
     async def _ask(self, name: str, requests: Sequence[tuple[int, Command]]) -> list[object]:
         futures = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..api.experiments.base import CompiledExperiment
-from ..api.graph import Graph
+from ..api.graph import FunctionCall, Graph
 
 
 def describe(compiled: CompiledExperiment) -> str:
@@ -34,7 +34,8 @@ def _graph_lines(graph: Graph, dataset: str) -> Iterator[str]:
             for producer in graph.edges.predecessors(call.name)
         ]
         outputs = f" -> {', '.join(call.outputs)}" if call.outputs else ""
-        yield (
-            f"  {call.name}: {call.kind} on {call.model} ({call.algorithm}), batch {call.batch_size}, "
-            f"minibatch {call.minibatch_size}, reads {'; '.join(inputs)}{outputs}"
-        )
+        if isinstance(call, FunctionCall):
+            what = f"function {call.function.reward.function}, batch {call.batch_size}"
+        else:
+            what = f"{call.kind} on {call.model}, batch {call.batch_size}, minibatch {call.minibatch_size}"
+        yield f"  {call.name}: {what}, reads {'; '.join(inputs)}{outputs}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..api.errors import ConfigError
 from ..api.experiments.base import CompiledExperiment, EvaluationPlan
-from .executor import Executor
-from .rpc.commands import DatasetOpened, Mean
+from .executor import Executor, merge
+from .rpc.commands import DatasetOpened, Example, Mean
 from .rpc.server import Server
 from .storage import Storage
 from .stream import SampleStream
@@ -23,9 +23,11 @@ class Evaluator:
         storage: Storage,
     ) -> None:
         self._plan = plan
+        self.examples: tuple[Example, ...] = ()
+        """Of the last batch."""
         self._executor = Executor(plan.graph, compiled, server, storage)
-        self._stream = SampleStream(server, storage, plan.dataset_field, compiled.run.deadlines.call_s)
-        replicas = max(compiled.models[call.model].model.layout.dp for call in plan.graph.calls)
+        self._stream = SampleStream(server, storage, plan.graph.name, compiled.run.deadlines.call_s)
+        replicas = max(compiled.models[call.model].model.layout.dp for call in plan.graph.model_calls)
         if opened.num_sequences < replicas:
             raise ConfigError(
                 f"{plan.dataset_field}.path",
@@ -44,9 +46,8 @@ class Evaluator:
                 self._stream.prefetch(self._counts[at + 1])
             traversal = await self._executor.traverse(samples)
             for statistics in traversal.statistics.values():
-                for name, mean in statistics.items():
-                    before = totals[name] if name in totals else Mean(total=0.0, weight=0.0)
-                    totals[name] = Mean(total=before.total + mean.total, weight=before.weight + mean.weight)
+                merge(totals, statistics)
+            self.examples = traversal.examples
         return {f"evaluation/{name}": mean.total / mean.weight for name, mean in totals.items() if mean.weight}
 
 

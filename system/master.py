@@ -10,9 +10,11 @@ import logging
 import signal
 from pathlib import Path
 
+from ..api.algorithms import Generation
 from ..api.errors import Interrupted
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import CompiledExperiment
+from ..api.graph import CallKind
 from .cadence import Cadence, plan_cadence
 from .cluster import Cluster
 from .evaluation import Evaluator
@@ -103,6 +105,7 @@ async def _train(
     if compiled.evaluation is not None:
         held_out = await cluster.open_dataset(compiled.evaluation.dataset_field)
         evaluator = Evaluator(compiled.evaluation, held_out, compiled, server, storage)
+    await cluster.open_functions()
     num_parameters = await cluster.load_models()
     for role, placed in compiled.models.items():
         layout = placed.model.layout
@@ -125,25 +128,16 @@ def _describe_batches(
         f"{cadence.num_steps * compiled.graph.batch_size / opened.num_sequences:.2f} passes"
     )
     rows = []
-    for call in compiled.graph.calls:
-        layout = compiled.models[call.model].model.layout
-        share = call.minibatch_size * mean / layout.dp
-        num_microbatches = max(call.microbatching.min_count, -(-int(share) // call.microbatching.max_tokens))
-        rows += [
-            (call.name, "batch", "a step", f"{call.batch_size:,}", f"{call.batch_size * mean:,.0f}"),
-            (
-                call.name,
-                "minibatch",
-                "an optimizer step",
-                f"{call.minibatch_size:,}",
-                f"{call.minibatch_size * mean:,.0f}",
-            ),
-            (
-                call.name,
-                "microbatch",
-                "a pipeline slot",
-                f"{call.minibatch_size / layout.dp / num_microbatches:,.1f}",
-                f"{share / num_microbatches:,.0f} (at most {call.microbatching.max_tokens:,})",
-            ),
-        ]
-    progress.table("sizes", ("call", "unit", "is", "sequences", "mean tokens"), rows)
+    for call in compiled.graph.model_calls:
+        layout, largest = compiled.models[call.model].model.layout, call.microbatching.max_tokens
+        length = mean + call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else mean
+        share = call.minibatch_size * length / layout.dp
+        num_microbatches = max(call.microbatching.min_count, -(-int(share) // largest))
+        unit = "an optimizer step" if call.kind is CallKind.TRAIN_STEP else "a request"
+        for name, what, sequences in (
+            ("batch", "a step", float(call.batch_size)),
+            ("minibatch", unit, float(call.minibatch_size)),
+            (f"microbatch (at most {largest:,} tokens)", "a pipeline slot", share / length / num_microbatches),
+        ):
+            rows.append((call.name, name, what, f"{sequences:,.1f}".removesuffix(".0"), f"{sequences * length:,.0f}"))
+    progress.table("sizes", ("call", "unit", "is", "sequences", "tokens (about)"), rows)

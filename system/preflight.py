@@ -8,6 +8,7 @@ from pathlib import Path
 from ..api.config import Model
 from ..api.errors import ConfigError
 from ..api.experiments.base import CompiledExperiment
+from ..api.graph import Graph
 from ..api.json_lines import check_json_lines
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -21,9 +22,15 @@ def check_files(compiled: CompiledExperiment) -> None:
     """
     for placed in compiled.models.values():
         _check_model(placed.model, placed.field)
-    check_json_lines(compiled.dataset, f"{compiled.dataset_field}.path")
+    check_json_lines(compiled.dataset, f"{compiled.dataset_field}.path", _has_answers(compiled.graph))
     if compiled.evaluation is not None:
-        check_json_lines(compiled.evaluation.dataset, f"{compiled.evaluation.dataset_field}.path")
+        plan = compiled.evaluation
+        check_json_lines(plan.dataset, f"{plan.dataset_field}.path", _has_answers(plan.graph))
+
+
+def _has_answers(graph: Graph) -> bool:
+    """Whether the dataset brings what is learnt, and not just prompts."""
+    return "loss_mask" in graph.dataset_keys
 
 
 def check_run_directory(path: Path) -> None:

@@ -12,7 +12,7 @@ from ..api.errors import RunError
 from .rpc.commands import Parcel, Redistribute
 from .storage import Storage
 
-EVERY_STAGE_KEYS = ("tokens",)
+EVERY_STAGE_KEYS = ("tokens", "prompt")
 """Keys that every pipeline stage reads; all others are read by the last stage only."""
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from ..api.batch import Samples
-from .cluster import DATA_RANK
 from .dispatch import settle
+from .executor import DATA_RANK
 from .rpc.commands import Fetch, Fetched
 from .rpc.messages import Lane
 from .rpc.server import Answer, Server
@@ -16,8 +16,8 @@ from .storage import Storage
 class SampleStream:
     """Sequences of one dataset, in stream order. `position` is all there is to resume from."""
 
-    def __init__(self, server: Server, storage: Storage, dataset: str, deadline_s: float) -> None:
-        self._server, self._storage, self._dataset, self._deadline_s = server, storage, dataset, deadline_s
+    def __init__(self, server: Server, storage: Storage, graph: str, deadline_s: float) -> None:
+        self._server, self._storage, self._graph, self._deadline_s = server, storage, graph, deadline_s
         self.position = 0
         self._ahead: tuple[int, asyncio.Future[Answer]] | None = None
 
@@ -38,8 +38,8 @@ class SampleStream:
     def prefetch(self, count: int) -> None:
         """Asks for the next `count` sequences without waiting."""
         if self._ahead is None:
-            fetch = Fetch(dataset=self._dataset, start=self.position, count=count)
+            fetch = Fetch(graph=self._graph, start=self.position, count=count)
             future = self._server.submit(
-                DATA_RANK, fetch, name=f"fetch {self._dataset}", deadline_s=self._deadline_s, lane=Lane.TRANSFER
+                DATA_RANK, fetch, name=f"fetch {self._graph} data", deadline_s=self._deadline_s, lane=Lane.TRANSFER
             )
             self._ahead = count, future

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
 from .cadence import Cadence
 from .checkpoints import CheckpointFolder
 from .evaluation import Evaluator
-from .executor import CALL_MODEL, Executor, Traversal
+from .executor import CALL_FUNCTION, CALL_MODEL, Executor, Traversal
 from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine
 from .rpc.commands import Save
@@ -20,6 +21,15 @@ from .storage import Storage
 from .stream import SampleStream
 
 logger = logging.getLogger(__name__)
+
+SHOWN = (
+    ("reward", "reward"),
+    ("train", "loss"),
+    ("train", "kl"),
+    ("train", "entropy"),
+    ("generate", "response_length"),
+)
+"""Call and statistic of what stands on the progress line, where there is such a thing."""
 
 
 class Trainer:
@@ -38,9 +48,11 @@ class Trainer:
         self._compiled, self._cadence = compiled, cadence
         self._evaluator, self._metrics, self._progress = evaluator, metrics, progress
         self._executor = Executor(compiled.graph, compiled, server, storage)
-        self._stream = SampleStream(server, storage, compiled.dataset_field, compiled.run.deadlines.call_s)
+        self._stream = SampleStream(server, storage, compiled.graph.name, compiled.run.deadlines.call_s)
         self._checkpoints = CheckpointFolder(compiled.run.path.resolve())
-        self._trained = {call.name: call.model for call in compiled.graph.calls if call.kind is CallKind.TRAIN_STEP}
+        self._trained = {
+            call.name: call.model for call in compiled.graph.model_calls if call.kind is CallKind.TRAIN_STEP
+        }
 
     async def run(self) -> None:
         """All steps. Every step that is due to be saved is saved before the next begins."""
@@ -73,6 +85,7 @@ class Trainer:
         values = await self._evaluator.run()
         values["seconds/evaluation"] = time.perf_counter() - start_s
         self._metrics.add(step, values)
+        self._metrics.add_examples(step, "evaluation", self._evaluator.examples)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("evaluation/"))
         logger.info("step %d: %s", step, shown)
         self._progress.note(f"after step {step}: {shown}")
@@ -84,15 +97,32 @@ class Trainer:
             for name, mean in statistics.items()
             if mean.weight
         }
-        loss = next((value for name, value in values.items() if name.endswith("/loss")), float("nan"))
+        shown = {name: values[f"{call}/{name}"] for call, name in SHOWN if f"{call}/{name}" in values}
         for call, parts in traversal.seconds.items():
             for name, part_s in parts.items():
-                values[f"seconds/{call}" if name == CALL_MODEL else f"seconds/{call}/{name}"] = part_s
+                values[f"seconds/{call}" if name in (CALL_MODEL, CALL_FUNCTION) else f"seconds/{call}/{name}"] = part_s
         tokens_per_s = traversal.num_tokens / seconds
         values["seconds/step"] = seconds
         values["performance/tokens_per_s"] = tokens_per_s
         values["performance/tokens"] = traversal.num_tokens
         values["performance/overhead_fraction"] = max(0.0, 1 - max(traversal.busy_s.values()) / seconds)
         self._metrics.add(step, values)
-        logger.info("step %d/%d: loss %.4f, %.0f tokens/s", step, self._cadence.num_steps, loss, tokens_per_s)
-        self._progress.step(step, loss, tokens_per_s)
+        self._metrics.add_examples(step, "train", traversal.examples)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        logger.info("step %d/%d: %s, %.0f tokens/s", step, self._cadence.num_steps, text, tokens_per_s)
+        self._progress.step(step, text, tokens_per_s)
+        for warning in warnings_of(traversal):
+            logger.warning("step %d: %s", step, warning)
+            self._progress.note(f"step {step}: {warning}")
+
+
+def warnings_of(traversal: Traversal) -> Iterator[str]:
+    """What a person should know about a step, in words."""
+    for statistics in traversal.statistics.values():
+        alike = statistics.get("zero_variance")
+        if alike is not None and alike.weight and alike.total == alike.weight:
+            yield "all groups have zero reward variance: nothing to learn from this step"
+    for call in traversal.skipped:
+        yield f"{call} was skipped: too few sequences were left for it"
+    if traversal.failures:
+        yield f"{len(traversal.failures)} samples got no score, such as {traversal.failures[0]}"

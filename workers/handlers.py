@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
+import torch
+from torch import Tensor
+
+from ..api.algorithms import Generation
+from ..api.batch import Samples
 from ..api.config import Dataset
+from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
-from ..api.graph import CallKind
+from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
+from ..api.sampling import Sampling
 from ..system.rpc.commands import (
     CallDone,
+    CallFunction,
     CallModel,
     Command,
     DatasetOpened,
@@ -21,8 +30,10 @@ from ..system.rpc.commands import (
     HostStore,
     JoinGroups,
     LoadModel,
+    Mean,
     ModelLoaded,
     OpenDataset,
+    OpenFunction,
     Redistribute,
     Release,
     Result,
@@ -33,7 +44,7 @@ from ..system.rpc.commands import (
 )
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
-from .algorithms import INFERENCE, TRAINING
+from .algorithms import inference_algorithm, training_algorithm
 from .context import ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
 from .data.source import Limits, SequenceSource
@@ -41,10 +52,15 @@ from .data.store import describe
 from .data.tokenization import check_reload, load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
+from .functions.calls import FunctionRunner
 from .models.checkpoint import write_config, write_stage
 from .models.configs import config_of, model_limits
 from .parallel.groups import TCPStore, host_store
+from .pipeline.generation import Prompt, Response
 from .shard import ModelShard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +80,13 @@ class Handlers:
         )
         set_threads(compiled.run.threads, welcome.num_local_workers)
         self._shards: dict[str, ModelShard] = {}
+        self._file = loaded.file
         self._sources: dict[str, SequenceSource] = {}
+        """By graph."""
+        self._functions: dict[tuple[str, str], FunctionRunner] = {}
+        """By graph and call."""
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        """By model."""
         self._hosted_store: TCPStore | None = None
 
     def execute(self, command: Command) -> Result:
@@ -79,8 +101,12 @@ class Handlers:
                 return self._load_model(command.model)
             case OpenDataset():
                 return self._open_dataset(command.dataset)
+            case OpenFunction():
+                return self._open_function(command)
             case Fetch():
                 return self._fetch(command)
+            case CallFunction():
+                return self._functions[command.graph, command.call].run(command.samples)
             case CallModel():
                 return self._call_model(command)
             case Transfer():
@@ -123,8 +149,8 @@ class Handlers:
         graph, dataset = compiled.graph, compiled.dataset
         if compiled.evaluation is not None and name == compiled.evaluation.dataset_field:
             graph, dataset = compiled.evaluation.graph, compiled.evaluation.dataset
-        source = self._source(name, dataset, max_tokens=min(call.microbatching.max_tokens for call in graph.calls))
-        self._sources[name] = source
+        source = self._source(name, graph, dataset)
+        self._sources[graph.name] = source
         return DatasetOpened(
             num_sequences=len(source),
             num_tokens=int(source.lengths.sum()),
@@ -132,43 +158,121 @@ class Handlers:
             longest_id=source.longest_id,
         )
 
-    def _source(self, name: str, dataset: Dataset, max_tokens: int) -> SequenceSource:
-        compiled = self._context.compiled
-        vocabulary = sys.maxsize
-        for placed in compiled.models.values():
-            context, words = model_limits(placed.model)
-            max_tokens, vocabulary = min(max_tokens, context), min(vocabulary, words)
-        placed = next(iter(compiled.models.values()))
+    def _source(self, name: str, graph: Graph, dataset: Dataset) -> SequenceSource:
+        max_tokens, vocabulary = sys.maxsize, sys.maxsize
+        for call in graph.model_calls:
+            context, words = model_limits(self._context.compiled.models[call.model].model)
+            grows = call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else 0
+            max_tokens = min(max_tokens, context - grows, call.microbatching.max_tokens - grows)
+            vocabulary = min(vocabulary, words)
+        limits, seed = Limits(max_tokens, vocabulary), self._context.compiled.run.seed
+        prompts_each = graph.sequences_per_row if "prompt" in graph.dataset_keys else None
+        return SequenceSource(name, dataset, self._tokenizer(graph), limits, seed, prompts_each)
+
+    def _tokenizer(self, graph: Graph) -> PreTrainedTokenizerBase:
+        """Of the graph's first model; all models of a graph read the same tokens."""
+        placed = self._context.compiled.models[graph.model_calls[0].model]
         tokenizer = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
         check_reload(tokenizer, config_of(placed.model), f"{placed.field}.tokenizer")
-        return SequenceSource(name, dataset, tokenizer, Limits(max_tokens, vocabulary), compiled.run.seed)
+        return tokenizer
+
+    def _open_function(self, command: OpenFunction) -> Done:
+        graph = self._context.compiled.graph_named(command.graph)
+        call = graph.call(command.call)
+        assert isinstance(call, FunctionCall), "the master opens function calls"
+        self._functions[command.graph, command.call] = FunctionRunner(
+            call, self._file, self._tokenizer(graph), self._sources[command.graph], self._context.store
+        )
+        return Done()
 
     def _fetch(self, command: Fetch) -> Fetched:
-        sequences = self._sources[command.dataset].read(command.start, command.count)
-        values = {
-            "tokens": [sequence.tokens for sequence in sequences],
-            "loss_mask": [sequence.loss_mask for sequence in sequences],
-        }
-        samples = describe(values, [sequence.id for sequence in sequences])
-        for key, tensors in values.items():
-            for sequence, tensor in zip(samples.ids, tensors, strict=True):
-                self._context.store.put(sequence, key, tensor)
-        return Fetched(samples=samples)
+        sequences = self._sources[command.graph].read(command.start, command.count)
+        return Fetched(samples=self._keep([(sequence.id, sequence.keys) for sequence in sequences]))
+
+    def _keep(self, sequences: Sequence[tuple[str, dict[str, Tensor]]]) -> Samples:
+        """Puts keys of sequences into the store; returns their metadata."""
+        for sequence, keys in sequences:
+            for key, value in keys.items():
+                self._context.store.put(sequence, key, value)
+        names = sequences[0][1]
+        return describe({key: [keys[key] for _, keys in sequences] for key in names}, [each for each, _ in sequences])
 
     def _call_model(self, command: CallModel) -> CallDone:
-        failpoint(f"worker.{command.kind}", self._context.rank)
-        shard = self._shards[command.model]
-        match command.kind:
+        call = self._context.compiled.graph_named(command.graph).call(command.call)
+        assert isinstance(call, ModelFunctionCall), "the master calls models by their calls"
+        failpoint(f"worker.{call.kind}", self._context.rank)
+        shard = self._shards[call.model]
+        outputs: Samples | None = None
+        match call.kind:
+            case CallKind.GENERATE:
+                statistics, outputs = self._generate(command, call, shard)
             case CallKind.TRAIN_STEP:
-                training = TRAINING[command.algorithm]
+                training = training_algorithm(call.settings)
                 statistics = shard.train(training, self._microbatches(command, shard, training.last_stage_keys))
             case CallKind.INFERENCE:
-                inference = INFERENCE[command.algorithm]
-                microbatches = self._microbatches(command, shard, inference.last_stage_keys)
-                statistics, _ = shard.infer(inference, microbatches)
+                statistics, outputs = self._infer(command, call, shard)
             case _:
-                assert_never(command.kind)
-        return CallDone(statistics=statistics if shard.owns_outputs else {}, version=shard.version)
+                assert_never(call.kind)
+        owns = shard.owns_outputs or (call.kind is CallKind.GENERATE and shard.stage.is_last)
+        return CallDone(statistics=statistics if owns else {}, version=shard.version, outputs=outputs)
+
+    def _infer(
+        self, command: CallModel, call: ModelFunctionCall, shard: ModelShard
+    ) -> tuple[dict[str, Mean], Samples | None]:
+        algorithm = inference_algorithm(call.settings)
+        microbatches = self._microbatches(command, shard, algorithm.last_stage_keys)
+        statistics, by_microbatch = shard.infer(algorithm, microbatches)
+        sequences: list[tuple[str, dict[str, Tensor]]] = []
+        for samples, outputs in zip(command.microbatches, by_microbatch, strict=False):  # empty before the last stage
+            if outputs:
+                lengths = list(samples.lengths("tokens"))
+                parts = {key: value.cpu().split(lengths) for key, value in outputs.items()}
+                sequences += [
+                    (sequence, {key: values[at].clone() for key, values in parts.items()})
+                    for at, sequence in enumerate(samples.ids)
+                ]
+        return statistics, self._keep(sequences) if sequences else None
+
+    def _generate(
+        self, command: CallModel, call: ModelFunctionCall, shard: ModelShard
+    ) -> tuple[dict[str, Mean], Samples | None]:
+        """Answers prompts; a sequence's tokens are its prompt and its response."""
+        assert isinstance(call.settings, Generation), "a generation says how it samples"
+        store, sampling = self._context.store, call.settings.sampling
+        prompts = [
+            [Prompt(sequence, store.get(sequence, "prompt")) for sequence in samples.ids]
+            for samples in command.microbatches
+        ]
+        responses = shard.generate(prompts, sampling, self._stop_ids(call, sampling))
+        if not responses:
+            return {}, None
+        flat = [prompt for microbatch in prompts for prompt in microbatch]
+        sequences = [
+            (response.id, _sequence_keys(prompt, response, shard.version))
+            for prompt, response in zip(flat, responses, strict=True)
+        ]
+        lengths = sum(len(response.tokens) for response in responses)
+        statistics = {
+            "response_length": Mean(total=lengths, weight=len(responses)),
+            "finished": Mean(total=sum(response.is_finished for response in responses), weight=len(responses)),
+        }
+        return statistics, self._keep(sequences)
+
+    def _stop_ids(self, call: ModelFunctionCall, sampling: Sampling) -> list[int]:
+        """Of end-of-sequence and of the stop tokens. Raises `ConfigError` for one that the tokenizer has not."""
+        if call.model not in self._tokenizers:
+            placed = self._context.compiled.models[call.model]
+            self._tokenizers[call.model] = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
+        tokenizer = self._tokenizers[call.model]
+        stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        vocabulary = tokenizer.get_vocab()
+        for token in sampling.stop_tokens:
+            if token not in vocabulary:
+                raise ConfigError(
+                    "sampling.stop_tokens", token, "the tokenizer has no such token", "write it as the tokenizer does"
+                )
+            stops.append(vocabulary[token])
+        return stops
 
     def _microbatches(
         self, command: CallModel, shard: ModelShard, last_stage_keys: tuple[str, ...]
@@ -176,3 +280,14 @@ class Handlers:
         keys = last_stage_keys if shard.stage.is_last else ()
         store, device = self._context.store, self._context.device
         return [store.microbatch(samples, keys, device) for samples in command.microbatches]
+
+
+def _sequence_keys(prompt: Prompt, response: Response, version: int) -> dict[str, Tensor]:
+    """The keys of a response's sequence, each `[T]`: 0 at the prompt's tokens, which nobody drew."""
+    before, drawn = len(prompt.tokens), len(response.tokens)
+    return {
+        "tokens": torch.cat([prompt.tokens, response.tokens]),
+        "loss_mask": torch.arange(before + drawn) >= before,
+        "log_probabilities": torch.cat([torch.zeros(before), response.logprobs]),
+        "versions": torch.full((before + drawn,), version, dtype=torch.int32),
+    }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..api.errors import RunError
 from ..api.experiments.base import PlacedModel
+from ..api.sampling import Sampling
 from ..system.rpc.commands import Mean
 from .algorithms.base import InferenceAlgorithm, TrainingAlgorithm
 from .algorithms.statistics import Statistics
@@ -21,6 +22,7 @@ from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import clip, learning_rate, make_optimizer
 from .parallel.gradients import all_reduce_gradients, squared_norm
+from .pipeline.generation import Prompt, Response, generate
 from .pipeline.lowering import inference_program, training_program
 from .pipeline.runner import Runner
 
@@ -94,6 +96,16 @@ class ModelShard:
         program = inference_program(self.place.layout.pp, len(microbatches))
         self._runner.run(program.ranks[self.place.pp], microbatches, score)
         return statistics.merged(self.groups.data), outputs
+
+    def generate(
+        self, microbatches: Sequence[Sequence[Prompt]], sampling: Sampling, stop_ids: Sequence[int]
+    ) -> list[Response]:
+        """Responses to this replica's prompts, in their order; none but on the last stage."""
+        groups, seed = self.groups, self._seed
+        responses = generate(
+            self.stage, groups.pipe, microbatches, sampling, stop_ids, seed, self.device, home=groups.gradients
+        )
+        return responses or []
 
     def _total_weight(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> float:
         """Of the whole minibatch, over all replicas; on the last stage, where losses are."""

@@ -1,5 +1,6 @@
 """One dataclass a recipe."""
 
+from .grpo import GRPO, GRPOEvaluation
 from .sft import SFT
 
-__all__ = ["SFT"]
+__all__ = ["GRPO", "SFT", "GRPOEvaluation"]

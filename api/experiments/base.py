@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..config import Dataset, Model, Optimizer, RunOptions
+from ..errors import ConfigError
 from ..graph import Graph
 
 
@@ -46,9 +47,34 @@ class CompiledExperiment:
     dataset_field: str
     evaluation: EvaluationPlan | None = None
 
+    def graph_named(self, name: str) -> Graph:
+        """The training or the evaluation graph."""
+        if self.evaluation is not None and self.evaluation.graph.name == name:
+            return self.evaluation.graph
+        assert self.graph.name == name, f"the experiment has no graph {name}"
+        return self.graph
+
     @property
     def num_workers(self) -> int:
         return max(placed.ranks.stop for placed in self.models.values())
+
+
+def check_run(run: RunOptions, num_workers: int, has_evaluation: bool) -> None:
+    """What every recipe asks of its run options. Raises `ConfigError`."""
+    if run.workers is not None and run.workers != num_workers:
+        raise ConfigError(
+            "run.workers",
+            run.workers,
+            f"the layouts ask for {num_workers} (dp * pp * tp * sp)",
+            "leave run.workers out, or change the layout",
+        )
+    if run.evaluate_every is not None and not has_evaluation:
+        raise ConfigError(
+            "run.evaluate_every",
+            run.evaluate_every,
+            "there is nothing to evaluate on",
+            "give `evaluation` a dataset, or leave run.evaluate_every out",
+        )
 
 
 class Experiment(Protocol):

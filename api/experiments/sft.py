@@ -9,11 +9,12 @@ from dataclasses import field
 
 from pydantic import PositiveInt
 
+from ..algorithms import SupervisedLoss
 from ..config import Dataset, Model, Optimizer, RunOptions
 from ..errors import ConfigError
 from ..graph import CallKind, Graph, Microbatching, ModelFunctionCall
 from ..record import record
-from .base import CompiledExperiment, EvaluationPlan, PlacedModel
+from .base import CompiledExperiment, EvaluationPlan, PlacedModel, check_run
 
 MODEL = "model"
 KEYS = ("tokens", "loss_mask")
@@ -58,21 +59,7 @@ class SFT:
             raise ConfigError(
                 "minibatch_size", size, f"must be at least model.layout.dp ({dp})", "raise it, or lower model.layout.dp"
             )
-        workers = self.run.workers
-        if workers is not None and workers != self.model.layout.num_workers:
-            raise ConfigError(
-                "run.workers",
-                workers,
-                f"model.layout asks for {self.model.layout.num_workers} (dp * pp * tp * sp)",
-                "leave run.workers out, or change the layout",
-            )
-        if self.run.evaluate_every is not None and self.evaluation is None:
-            raise ConfigError(
-                "run.evaluate_every",
-                self.run.evaluate_every,
-                "there is nothing to evaluate on",
-                "give `evaluation` a dataset, or leave run.evaluate_every out",
-            )
+        check_run(self.run, self.model.layout.num_workers, has_evaluation=self.evaluation is not None)
 
     @property
     def resolved_minibatch_size(self) -> int:
@@ -85,7 +72,7 @@ class SFT:
             name="train",
             model=MODEL,
             kind=CallKind.TRAIN_STEP,
-            algorithm="sft",
+            settings=SupervisedLoss(),
             inputs=KEYS,
             batch_size=self.batch_size,
             minibatch_size=self.resolved_minibatch_size,
@@ -97,7 +84,7 @@ class SFT:
                 name="evaluate",
                 model=MODEL,
                 kind=CallKind.INFERENCE,
-                algorithm="sft",
+                settings=SupervisedLoss(),
                 inputs=KEYS,
                 batch_size=self.batch_size,
                 minibatch_size=self.batch_size,

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import queue
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...api.errors import RunError
+from ..rpc.commands import Example
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+    examples: tuple[Example, ...] = ()
 
 
 class MetricsLog:
@@ -22,7 +33,7 @@ class MetricsLog:
 
     def __init__(self, run_directory: Path) -> None:
         self._directory = run_directory
-        self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._write, name="metrics", daemon=True)
         self._thread.start()
@@ -30,7 +41,13 @@ class MetricsLog:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Never waits. Raises `RunError` if writing has failed."""
         self._check()
-        self._queue.put((step, dict(values)))
+        self._queue.put(_Entry(step, values=dict(values)))
+
+    def add_examples(self, step: int, source: str, examples: Sequence[Example]) -> None:
+        """Responses as text, to `samples.jsonl` and TensorBoard's text page."""
+        self._check()
+        if examples:
+            self._queue.put(_Entry(step, source=source, examples=tuple(examples)))
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises `RunError` if it is not."""
@@ -51,13 +68,29 @@ class MetricsLog:
 
     def _write_all(self) -> None:
         writer = _summary_writer(self._directory / "tensorboard")
-        with (self._directory / "metrics.jsonl").open("a", buffering=1) as lines:
+        with (
+            (self._directory / "metrics.jsonl").open("a", buffering=1) as metrics,
+            (self._directory / "samples.jsonl").open("a", buffering=1) as samples,
+        ):
             while (entry := self._queue.get()) is not None:
-                step, values = entry
-                lines.write(json.dumps({"step": step, **values}) + "\n")
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
+                if entry.values:
+                    metrics.write(json.dumps({"step": entry.step, **entry.values}) + "\n")
+                for name, value in entry.values.items():
+                    writer.add_scalar(name, value, entry.step)
+                for example in entry.examples:
+                    row = {"step": entry.step, "source": entry.source, **dataclasses.asdict(example)}
+                    samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if entry.examples:
+                    writer.add_text(f"samples/{entry.source}", _as_markdown(entry.examples), entry.step)
         writer.close()
+
+
+def _as_markdown(examples: Sequence[Example]) -> str:
+    return "\n\n".join(
+        f"**{example.id}** reward {example.reward}\n\n    "
+        + f"{example.prompt} ▸ {example.response}".replace("\n", "\n    ")
+        for example in examples
+    )
 
 
 def _summary_writer(directory: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202  (tensorboardX has no types)

@@ -51,10 +51,10 @@ class ProgressLine:
             self._progress.start()
             self._task = self._progress.add_task("", total=num_steps)
 
-    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """A step is done."""
+    def step(self, step: int, values: str, tokens_per_s: float) -> None:
+        """A step is done; `values` says what came of it."""
         left_s = (time.monotonic() - self._started_s) / step * (self._num_steps - step)
-        text = f"loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {_duration(left_s)} left"
+        text = f"{values}  {tokens_per_s:,.0f} tokens/s  {_duration(left_s)} left"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, description=text)
         else:

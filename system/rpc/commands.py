@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt
 
 from ...api.batch import Samples
-from ...api.graph import CallKind
 from ...api.record import record
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
@@ -97,7 +96,8 @@ class Fetch:
     """Put the sequences at `start ... start + count - 1` of a dataset's endless stream into the store."""
 
     type: Literal["fetch"] = "fetch"
-    dataset: str
+    graph: str
+    """The graph whose dataset it is."""
     start: NonNegativeInt
     count: NonNegativeInt
 
@@ -107,12 +107,30 @@ class CallModel:
     """Run one model function call on this worker's data-parallel share."""
 
     type: Literal["call_model"] = "call_model"
+    graph: str
     call: str
-    model: str
-    kind: CallKind
-    algorithm: str
+    """The call's name in that graph of the experiment, where its model and settings stand."""
     microbatches: tuple[Samples, ...]
     """This data-parallel rank's, in the order in which they enter the pipeline."""
+
+
+@record
+class OpenFunction:
+    """Start the processes of a function call."""
+
+    type: Literal["open_function"] = "open_function"
+    graph: str
+    call: str
+
+
+@record
+class CallFunction:
+    """Run one function call on whole groups."""
+
+    type: Literal["call_function"] = "call_function"
+    graph: str
+    call: str
+    samples: Samples
 
 
 @record
@@ -132,7 +150,16 @@ class Release:
 
 
 Command = Annotated[
-    HostStore | JoinGroups | LoadModel | OpenDataset | Fetch | CallModel | Transfer | Release,
+    HostStore
+    | JoinGroups
+    | LoadModel
+    | OpenDataset
+    | OpenFunction
+    | Fetch
+    | CallModel
+    | CallFunction
+    | Transfer
+    | Release,
     Field(discriminator="type"),
 ]
 
@@ -191,9 +218,34 @@ class CallDone:
     """Of the whole call, all data-parallel ranks; empty but on the worker that owns the call's outputs."""
     version: NonNegativeInt
     """Optimizer steps behind the model's weights, after the call."""
+    outputs: Samples | None = None
+    """New keys of sequences, that this worker holds now."""
+
+
+@record
+class Example:
+    """A response as text, for people."""
+
+    id: str
+    prompt: str
+    response: str
+    reward: float | None
+
+
+@record
+class FunctionDone:
+    type: Literal["function_done"] = "function_done"
+    statistics: dict[str, Mean]
+    outputs: Samples
+    """New keys of sequences, that this worker holds now."""
+    dropped: tuple[str, ...]
+    """Sequences that leave the batch."""
+    failures: tuple[str, ...]
+    """What went wrong, by sample, in words."""
+    examples: tuple[Example, ...]
 
 
 Result = Annotated[
-    Done | StoreAddress | ModelLoaded | DatasetOpened | Fetched | CallDone,
+    Done | StoreAddress | ModelLoaded | DatasetOpened | Fetched | CallDone | FunctionDone,
     Field(discriminator="type"),
 ]

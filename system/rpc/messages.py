@@ -32,6 +32,7 @@ class Lane(StrEnum):
 
     COMPUTE = "compute"
     TRANSFER = "transfer"
+    FUNCTION = "function"
 
 
 @record

@@ -22,7 +22,16 @@ from typing import Any
 
 import zmq
 
-from ...api.errors import ConfigError, DataError, DeadlineExceeded, ModelError, ProtocolError, RemoteError, WorkerLost
+from ...api.errors import (
+    ConfigError,
+    DataError,
+    DeadlineExceeded,
+    ModelError,
+    ProtocolError,
+    RemoteError,
+    RewardError,
+    WorkerLost,
+)
 from . import codec
 from .commands import Command, Hook
 from .messages import (
@@ -335,6 +344,7 @@ def _raised(where: str, failure: Failure) -> Exception:
     if failure.field is not None:
         kind = DataError if failure.kind == DataError.__name__ else ConfigError
         return kind(failure.field, failure.value, failure.rule, failure.cure)
-    if failure.kind == ModelError.__name__:
-        return ModelError(failure.message)
+    for telling in (ModelError, RewardError):  # messages that say it all
+        if failure.kind == telling.__name__:
+            return telling(failure.message)
     return RemoteError(where, failure.kind, failure.message, failure.traceback)

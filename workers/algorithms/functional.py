@@ -28,6 +28,20 @@ def token_log_probabilities(stage: Stage, hidden: Tensor, tokens: Tensor, positi
     return -F.cross_entropy(logits, tokens[0, positions], reduction="none")
 
 
+def chosen_log_probabilities(
+    stage: Stage, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """As `token_log_probabilities`, of the softmax at this temperature, and the entropy of that softmax (no gradient).
+
+    Both `[n]`, float32.
+    """
+    logits = stage.logits(hidden[:, positions - 1])[0].float() / temperature  # [n, V]
+    log_probabilities = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    return log_probabilities.gather(-1, tokens[0, positions, None]).squeeze(-1), entropy
+
+
 def zero_connected(hidden: Tensor) -> Tensor:
     """The loss of a microbatch with nothing to learn: a zero, through which gradients of zero still flow."""
     return torch.zeros((), device=hidden.device) * hidden.sum()

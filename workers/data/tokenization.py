@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -88,13 +88,7 @@ def encode_rows(
 ) -> list[Encoded]:
     """Rows as sequences. `where` names each row in errors. Raises `DataError`; `ConfigError` for no chat template."""
     if dataset.messages is not None:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                "dataset.messages",
-                dataset.messages,
-                "the tokenizer has no chat template to render chats with",
-                "use the tokenizer of a chat model, or add chat_template.jinja to its directory",
-            )
+        _check_template(dataset.messages, tokenizer)
         chats = [_chat_segments(row, dataset.messages, tokenizer, at) for row, at in zip(rows, where, strict=True)]
         return _encode(chats, tokenizer, is_chat=True)
     pairs = [
@@ -105,6 +99,32 @@ def encode_rows(
         for row, at in zip(rows, where, strict=True)
     ]
     return _encode(pairs, tokenizer, is_chat=False)
+
+
+def encode_prompts(
+    rows: Sequence[Row], dataset: Dataset, tokenizer: PreTrainedTokenizerBase, where: Sequence[str]
+) -> list[Encoded]:
+    """Rows as prompts to be answered; of a chat, all its messages. Raises as `encode_rows`."""
+    if dataset.messages is None:
+        texts = [_text(row, dataset.prompt, at) + dataset.separator for row, at in zip(rows, where, strict=True)]
+        beginning, ids = _beginning(tokenizer), tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [Encoded([*beginning, *tokens], [False] * (len(beginning) + len(tokens))) for tokens in ids]
+    _check_template(dataset.messages, tokenizer)
+    texts = [
+        _chat(row, dataset.messages, tokenizer, at).render(None, True) for row, at in zip(rows, where, strict=True)
+    ]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [Encoded(tokens, [False] * len(tokens)) for tokens in ids]
+
+
+def _check_template(field: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "dataset.messages",
+            field,
+            "the tokenizer has no chat template to render chats with",
+            "use the tokenizer of a chat model, or add chat_template.jinja to its directory",
+        )
 
 
 def _encode(rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> list[Encoded]:
@@ -133,8 +153,32 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: starts[0]]
 
 
-def _chat_segments(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[Segment]:
-    """Cuts the rendered chat at the assistant's turns, by rendering it up to each of them."""
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """The messages of one row, and how they are rendered."""
+
+    messages: list[dict[str, Any]]  # Any: the template's business
+    tokenizer: PreTrainedTokenizerBase
+    where: str
+
+    def render(self, count: int | None, prompt: bool) -> str:
+        """The first `count` messages as text; `prompt` adds what comes before an answer."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                self.messages[:count], tokenize=False, add_generation_prompt=prompt
+            )
+        except (TemplateError, ValueError, IndexError) as error:
+            raise DataError(
+                self.where,
+                self.messages,
+                f"the tokenizer's chat template refuses it: {error}",
+                "correct the row, or use a template that takes it",
+            ) from error
+        assert isinstance(text, str), "tokenize=False gives text"
+        return text
+
+
+def _chat(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, where: str) -> _Chat:
     messages = row.get(field)
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
@@ -146,29 +190,19 @@ def _chat_segments(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, whe
             'must be a list of {"role": text, "content": text}',
             "correct the row, or name another field by dataset.messages",
         )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            f"{where}, field {field}", messages, "has no assistant's turn to learn", "add one, or drop the row"
-        )
+    return _Chat(messages, tokenizer, f"{where}, field {field}")
 
-    def render(count: int, prompt: bool) -> str:
-        try:
-            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{where}, field {field}",
-                messages,
-                f"the tokenizer's chat template refuses it: {error}",
-                "correct the row, or use a template that takes it",
-            ) from error
-        assert isinstance(text, str), "tokenize=False gives text"
-        return text
 
+def _chat_segments(row: Row, field: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[Segment]:
+    """Cuts the rendered chat at the assistant's turns, by rendering it up to each of them."""
+    chat = _chat(row, field, tokenizer, where)
+    if not any(message["role"] == "assistant" for message in chat.messages):
+        raise DataError(chat.where, chat.messages, "has no assistant's turn to learn", "add one, or drop the row")
     segments, done = [], ""
-    for at, message in enumerate(messages):
+    for at, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        for upto, has_loss in ((render(at, prompt=True), False), (render(at + 1, prompt=False), True)):
+        for upto, has_loss in ((chat.render(at, prompt=True), False), (chat.render(at + 1, prompt=False), True)):
             if not upto.startswith(done):
                 raise DataError(
                     f"{where}, message {at}",

@@ -2,19 +2,24 @@
 
     ids   [1, T]   a a a a a b b c c c c       T = sum(seqlens), no padding
     positions      0 1 2 3 4 0 1 0 1 2 3
-    attention      each sequence alone: a split, then one kernel call per sequence
+    attention      each sequence alone: a split, then one kernel call for neighbours of one length
 
 Two registered functions serve every model. The *mask function* builds no mask: it returns a `PackedMask` that carries
 the batch and transformers' own predicate (causal, sliding window, chunks). Every model threads its `attention_mask`
 down to its attention layers, so the batch reaches them without keywords, hooks or globals, also when activation
 checkpointing recomputes in another thread. The *attention function* reads it and runs each sequence by itself.
 
-Invariants: no score ever crosses two sequences; a mask is dense only where the predicate hides more than the future,
-and then once per (length, kind of layer) and forward pass. A KV cache will hang off `PackedPass`, which knows the layer
-and how often it has attended; `attend` already takes keys longer than queries where it is given a mask.
+With a KV cache there are two kinds of pass. A *prefill* is as above, and keeps its keys and values. A *decode* is a row
+of one token for each live sequence, which attends to what the cache holds of its own, all in one kernel call:
 
-Shapes: T tokens, L tokens of one sequence, S its keys, H heads, K key-value heads (K divides H), D head size, E value
-head size.
+    ids   [1, n]   a b c                       n live sequences, rows 0 to n-1 of the cache
+    positions      5 2 4
+
+Invariants: no score ever crosses two sequences; a mask is dense only where the predicate hides more than the future,
+and then once per (length, kind of layer) and forward pass.
+
+Shapes: T tokens, L tokens of one sequence, S its keys, n live sequences, H heads, K key-value heads (K divides H), D
+head size, E value head size.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -33,6 +39,7 @@ from torch import Tensor, nn
 
 from ...api.errors import ModelError
 from . import hf_compat
+from .cache import KVCache, Slots
 
 ATTENTION = "trainmaster_packed"
 
@@ -55,9 +62,12 @@ class PackedBatch:
     """Tokens of each sequence, in the order of the row; every one at least 1."""
     device: torch.device
     """Where the row lives."""
+    starts: tuple[int, ...] = ()
+    """The position of each sequence's first token, which counts what a KV cache holds of it; empty for zeros."""
 
     def __post_init__(self) -> None:
         assert min(self.seqlens, default=0) > 0, f"a packed batch wants lengths of at least 1, got {self.seqlens}"
+        assert len(self.starts) in (0, len(self.seqlens)), "a packed batch wants one start for each sequence, or none"
 
     @cached_property
     def num_tokens(self) -> int:
@@ -65,9 +75,16 @@ class PackedBatch:
         return sum(self.seqlens)
 
     @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbours of one length, as (count, length): they attend in one kernel call."""
+        return [(len(list(run)), length) for length, run in groupby(self.seqlens)]
+
+    @cached_property
     def position_ids(self) -> Tensor:
         """[1, T] int64: every token's place within its own sequence."""
-        return torch.cat([torch.arange(length) for length in self.seqlens])[None].to(self.device)
+        lengths, starts = torch.tensor(self.seqlens), torch.tensor(self.starts or 0)
+        shifts = lengths.cumsum(0) - lengths - starts  # of a sequence: its place in the row, less its first position
+        return (torch.arange(self.num_tokens) - shifts.repeat_interleave(lengths))[None].to(self.device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -93,8 +110,42 @@ class PackedPass:
     """One forward pass over a batch through one model: what its attention layers share."""
 
     batch: PackedBatch
+    cache: KVCache | None = None
+    """Keeps the keys and values of this pass, and gives those of earlier ones."""
     num_calls: Counter[int | None] = field(default_factory=Counter)
     """How often each layer (by its index) has attended."""
+
+    @classmethod
+    def prefill(cls, cache: KVCache, seqlens: tuple[int, ...], device: torch.device) -> PackedPass:
+        """The first pass with a cache: whole sequences, which become its rows."""
+        cache.advance(seqlens)
+        return cls(PackedBatch(seqlens, device), cache)
+
+    @classmethod
+    def decode(cls, cache: KVCache, device: torch.device) -> PackedPass:
+        """A later pass: one more token for each live row of the cache, in the order of rows."""
+        starts = cache.lengths
+        cache.advance(tuple([start + 1 for start in starts]))
+        return cls(PackedBatch((1,) * len(starts), device, starts), cache)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence has one new token, and a past in the cache."""
+        return bool(self.batch.starts)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether the live rows of a decode are all equally long."""
+        return min(self.batch.starts) == max(self.batch.starts)
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Where the cache keeps the tokens of this pass."""
+        num_sequences, positions = len(self.batch.seqlens), self.batch.position_ids[0]  # [T]
+        if self.is_decode and self.is_uniform:
+            return slice(num_sequences), slice(None), self.batch.starts[0]
+        rows = torch.arange(num_sequences).repeat_interleave(torch.tensor(self.batch.seqlens))
+        return rows.to(positions.device), slice(None), positions
 
 
 _current: ContextVar[PackedPass | None] = ContextVar("trainmaster_packed_pass", default=None)
@@ -121,6 +172,7 @@ class PackedMask:
     def __init__(self, current: PackedPass, visible: Visible, window: int | None, is_custom: bool) -> None:
         self.current, self.visible, self.window, self.is_custom = current, visible, window, is_custom
         self._dense: dict[int, Tensor] = {}
+        self._newest: Tensor | None = None
 
     def is_plain(self, length: int) -> bool:
         """Whether, in a sequence of `length`, a token sees exactly itself and all before it."""
@@ -136,6 +188,21 @@ class PackedMask:
             seen = self.visible(zero, zero, index[None, None, :, None], index[None, None, None, :])
             self._dense[length] = seen.expand(1, 1, length, length)
         return self._dense[length]
+
+    def newest(self, num_keys: int) -> Tensor | None:
+        """[n, 1, 1, S] bool: which of its S cached places each row's new token sees, or None if all see all.
+
+        Computed once for all layers of this kind; where rows are equally long, the first dimension may be 1.
+        """
+        if self.current.is_uniform and self.is_plain(num_keys):
+            return None
+        if self._newest is None:
+            positions = self.current.batch.position_ids.view(-1, 1, 1, 1)
+            positions = positions[:1] if self.current.is_uniform else positions
+            index = torch.arange(num_keys, device=positions.device)[None, None, None]
+            zero = index.new_zeros(1, 1, 1, 1)
+            self._newest = self.visible(zero, zero, positions, index)
+        return self._newest
 
 
 def packed_mask(
@@ -187,7 +254,7 @@ def packed_attention(
     position_bias: Tensor | None = None,
     **_: Any,  # keywords for other attention functions
 ) -> tuple[Tensor, None]:
-    """The registered attention function: every sequence of the row by itself.
+    """The registered attention function: every sequence of the row by itself, with its past if a cache holds one.
 
     query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> [1, T, H, E]. Raises ModelError for attention dropout,
     for additive position biases, and for models that alter the mask.
@@ -202,20 +269,28 @@ def packed_attention(
     if dropout > 0.0:
         raise ModelError(_dropout_message(module, dropout))
     mask, scores = attention_mask, _scores_of(module, query, scaling, softcap, s_aux)
-    mask.current.num_calls[getattr(module, "layer_idx", None)] += 1
-    lengths = list(mask.current.batch.seqlens)
+    current, layer = mask.current, getattr(module, "layer_idx", None)
+    place = (layer, current.num_calls[layer])
+    current.num_calls[layer] += 1
+    if current.cache is not None:
+        keys, values = current.cache.write(place, key, value, current.slots)
+        if current.is_decode:
+            return attend_cached(query, keys, values, mask.newest(keys.shape[2]), scores), None
+    runs = current.batch.runs
+    sizes = [count * length for count, length in runs]
     # split, not slices: the backward of n slices fills n tensors of full size with zeros, that of a split is one cat
-    rows = [
-        attend(q, k, v, None if scores.is_plain and mask.is_plain(length) else mask.dense(length), scores)
-        for length, q, k, v in zip(
-            lengths, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
-    ]
-    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    rows = []
+    for (count, length), part in zip(runs, parts, strict=True):
+        # [count, heads, L, size]
+        q, k, v = (tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in part)
+        seen = None if scores.is_plain and mask.is_plain(length) else mask.dense(length)
+        rows.append(attend(q, k, v, seen, scores).transpose(1, 2).flatten(0, 1))  # [count * L, H, E]
+    return torch.cat(rows)[None], None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """One sequence: query [1, H, L, D], key [1, K, S, D], value [1, K, S, E] -> [1, H, L, E].
+    """Sequences of one length: query [n, H, L, D], key [n, K, S, D], value [n, K, S, E] -> [n, H, L, E].
 
     `mask` is bool, [1, 1, L, S], True where a query sees a key; None is plain causal with L = S and plain scores.
     """
@@ -237,19 +312,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score
     return out[..., :value_size]
 
 
-def _attend_by_math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
-    """`attend` for scores that no fused kernel computes; the softmax is in float32."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # [1, H, S, D], [1, H, S, E]
-    logits = (query @ key.transpose(-1, -2)) * scores.scale  # [1, H, L, S]
+def attend_cached(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """The newest token of each row: query [1, H, n, D], keys [n, K, S, D], values [n, K, S, E] -> [1, n, H, E].
+
+    `mask` is bool, [n, 1, 1, S] or [1, 1, 1, S], True where a token sees a key; None: all see all.
+    """
+    num_rows, num_key_heads = keys.shape[:2]
+    if not scores.is_plain:
+        out = _attend_by_math(query.transpose(0, 2), keys, values, mask, scores)  # [n, H, 1, E]
+        return out.reshape(1, num_rows, -1, values.shape[-1])
+    # heads that share keys stand as queries of one head, so that no key is read twice and none is copied
+    grouped = query.transpose(0, 2).reshape(num_rows, num_key_heads, -1, keys.shape[-1])  # [n, K, H / K, D]
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
+    return out.reshape(1, num_rows, -1, values.shape[-1])
+
+
+def _attend_by_math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """`attend`, for any number of sequences, with scores that no fused kernel computes; the softmax is in float32."""
+    num_sequences, num_heads, num_queries, _ = query.shape
+    # heads that share keys stand as queries of one head
+    grouped = query.reshape(num_sequences, key.shape[1], -1, query.shape[-1])  # [n, K, H / K * L, D]
+    logits = (grouped @ key.transpose(-1, -2)).view(num_sequences, num_heads, num_queries, -1) * scores.scale
     if scores.softcap is not None:
         logits = torch.tanh(logits / scores.softcap) * scores.softcap
-    logits = logits.float().masked_fill(~mask, float("-inf"))
+    logits = logits.float()  # [n, H, L, S]
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
     if scores.sinks is None:
-        return logits.softmax(-1).to(value.dtype) @ value
-    sinks = scores.sinks.float().reshape(1, -1, 1, 1).expand(-1, -1, logits.shape[2], 1)  # [1, H, L, 1]
-    weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
-    return weights.to(value.dtype) @ value
+        weights = logits.softmax(-1)
+    else:
+        sinks = scores.sinks.float().reshape(1, -1, 1, 1).expand(num_sequences, -1, num_queries, 1)  # [n, H, L, 1]
+        weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+    weights = weights.to(value.dtype).reshape(*grouped.shape[:3], -1)  # [n, K, H / K * L, S]
+    return (weights @ value).view(num_sequences, num_heads, num_queries, -1)
 
 
 def _scores_of(

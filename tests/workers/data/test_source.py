@@ -105,9 +105,9 @@ def test_a_sequence_has_its_rows_tokens(path: Path, make_tokenizer):
     made = source(path, tokenizer, shuffle=False)
     (sequence,) = made.read(5, 1)
     assert sequence.id == "dataset/0/5/0"
-    assert "".join(tokenizer.convert_ids_to_tokens(sequence.tokens.tolist())) == "abf<eos>"
-    assert sequence.loss_mask.tolist() == [False, False, True, True]
-    assert (str(sequence.tokens.dtype), str(sequence.loss_mask.dtype)) == ("torch.int64", "torch.bool")
+    assert "".join(tokenizer.convert_ids_to_tokens(sequence.keys["tokens"].tolist())) == "abf<eos>"
+    assert sequence.keys["loss_mask"].tolist() == [False, False, True, True]
+    assert (str(sequence.keys["tokens"].dtype), str(sequence.keys["loss_mask"].dtype)) == ("torch.int64", "torch.bool")
     assert made.lengths.tolist() == [2 + at % 3 for at in range(NUM_ROWS)]
     assert (len(made), made.longest_id) == (NUM_ROWS, "dataset/0/2/0")
 
@@ -165,7 +165,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path, make_tokenizer):
 def test_text_stays_text_whatever_it_looks_like(tmp_path: Path, make_tokenizer, answer: str):
     tokenizer = make_tokenizer()
     made = source(write(tmp_path, [{"prompt": "q", "answer": answer}] * 2), tokenizer)
-    tokens = made.read(0, 1)[0].tokens.tolist()
+    tokens = made.read(0, 1)[0].keys["tokens"].tolist()
     assert "".join(tokenizer.convert_ids_to_tokens(tokens)) == f"q{answer}<eos>"
 
 
@@ -183,5 +183,5 @@ def test_chats_may_differ_in_keys_and_length(tmp_path: Path, make_tokenizer):
     tokenizer = make_tokenizer()
     path = write(tmp_path, [{"chat": [user, assistant]}, {"chat": [user, assistant, user, assistant]}])
     made = source(path, tokenizer, messages="chat", shuffle=False)
-    texts = ["".join(tokenizer.convert_ids_to_tokens(each.tokens.tolist())) for each in made.read(0, 2)]
+    texts = ["".join(tokenizer.convert_ids_to_tokens(each.keys["tokens"].tolist())) for each in made.read(0, 2)]
     assert texts == ["U:hi|A:yes|", "U:hi|A:yes|U:hi|A:yes|"]

@@ -1,0 +1,250 @@
+"""Group relative policy optimisation as one dataclass.
+
+prompts --prompt--> generate(actor) --tokens, loss_mask--> reward ------------advantage-----------> train(actor)
+                        |                \\--> reference(reference) --reference_log_probabilities---/
+                        \\---------------------- log_probabilities --------------------------------/
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from ..algorithms import (
+    Generation,
+    KLEstimator,
+    LogProbabilities,
+    LossNormalisation,
+    PolicyLoss,
+)
+from ..config import Dataset, Model, Optimizer, RunOptions
+from ..errors import ConfigError
+from ..functions import RewardFunction
+from ..graph import Call, CallKind, FunctionCall, Graph, Microbatching, ModelFunctionCall
+from ..record import record
+from ..rewards import Reward
+from ..sampling import Sampling
+from .base import CompiledExperiment, EvaluationPlan, PlacedModel, check_run
+
+ACTOR, REFERENCE = "actor", "reference"
+PROMPT_KEYS = ("prompt",)
+RESPONSE_KEYS = ("tokens", "loss_mask", "log_probabilities", "versions")
+
+
+@record
+class GRPOEvaluation:
+    """Held-out prompts, answered and scored between steps: `evaluation/reward` is the mean."""
+
+    dataset: Dataset
+    """The prompts."""
+    reward: Reward
+    """How answers are scored."""
+    sampling: Sampling
+    """How they are drawn; `temperature=0` takes the likeliest token each time."""
+    batch_size: PositiveInt = 256
+    """Prompts that are answered together."""
+
+
+@record
+class GRPO:
+    """Trains an actor on rewards of its own responses, compared within the group of responses to one prompt.
+
+    The loss, its sources and its normalisation stand in `workers/algorithms/grpo.py`.
+    """
+
+    actor: Model
+    """What is trained."""
+    prompts: Dataset
+    """What it is asked. Rows need the prompt's field (or the chat's); the reward sees the whole row."""
+    reward: Reward
+    """How a response is scored."""
+    sampling: Sampling
+    """How responses are drawn."""
+    reference: Model | None = None
+    """Where the KL penalty pulls to; by default the actor's own start, laid out like it."""
+    reference_apart: bool = False
+    """Whether the reference has workers of its own; otherwise it shares the actor's."""
+    evaluation: GRPOEvaluation | None = None
+    """Held-out prompts."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """How the actor is trained."""
+    batch_size: PositiveInt = 32
+    """Prompts a step."""
+    group_size: PositiveInt = 8
+    """Responses to each prompt."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps that one pass over a step's responses takes."""
+    passes: PositiveInt = 1
+    """Passes over a step's responses."""
+    clip_low: NonNegativeFloat = 0.2
+    """The probability ratio is clipped below 1 by this much."""
+    clip_high: NonNegativeFloat = 0.2
+    """And above 1 by this much (DAPO: 0.28)."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the KL penalty towards the reference; 0 needs no reference."""
+    kl_estimator: KLEstimator = KLEstimator.K3
+    """How the KL is estimated from one token."""
+    loss_normalisation: LossNormalisation = LossNormalisation.TOKEN
+    """Whether the loss is a mean over tokens or over responses."""
+    normalise_by_std: bool = True
+    """Whether advantages are divided by their group's standard deviation (Dr. GRPO, arXiv 2503.20783: False)."""
+    drop_zero_variance: bool = False
+    """Whether groups whose rewards are all alike leave the batch (DAPO's dynamic sampling, without drawing anew)."""
+    microbatch_tokens: PositiveInt = 4096
+    """The most tokens in one pipeline slot."""
+    run: RunOptions = field(default_factory=lambda: RunOptions(name="grpo"))
+    """Name, length, seed, cadence."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ConfigError(
+                "group_size", self.group_size, "a response is compared with others of its group", "raise it"
+            )
+        if self.sampling.temperature == 0:
+            raise ConfigError(
+                "sampling.temperature", 0.0, "greedy responses to one prompt are all the same", "use for example 1.0"
+            )
+        num_sequences, dp = self.batch_size * self.group_size, self.actor.layout.dp
+        if num_sequences % self.minibatches or num_sequences // self.minibatches < dp:
+            raise ConfigError(
+                "minibatches",
+                self.minibatches,
+                f"must divide the {num_sequences} responses of a step (batch_size * group_size) into parts of at least "
+                f"actor.layout.dp ({dp})",
+                "lower it, or change batch_size",
+            )
+        if self.reference is not None and self.kl_coefficient == 0:
+            raise ConfigError(
+                "reference",
+                "a model",
+                "nothing reads it while kl_coefficient is 0",
+                "raise kl_coefficient, or leave it out",
+            )
+        if self.reference_apart and self.kl_coefficient == 0:
+            raise ConfigError(
+                "reference_apart",
+                True,
+                "there is no reference while kl_coefficient is 0",
+                "raise it, or leave this out",
+            )
+        check_run(self.run, self._num_workers, has_evaluation=self.evaluation is not None)
+
+    @property
+    def _reference(self) -> Model | None:
+        return (self.reference or self.actor) if self.kl_coefficient > 0 else None
+
+    @property
+    def _num_workers(self) -> int:
+        reference = self._reference
+        others = reference.layout.num_workers if reference is not None else 0
+        actors = self.actor.layout.num_workers
+        return actors + others if self.reference_apart else max(actors, others)
+
+    def compile(self) -> CompiledExperiment:
+        """The graphs, models and datasets that the master runs."""
+        models = {ACTOR: PlacedModel(model=self.actor, optimizer=self.optimizer, field="actor")}
+        reference = self._reference
+        if reference is not None:
+            models[REFERENCE] = PlacedModel(
+                model=reference,
+                field="actor" if self.reference is None else "reference",
+                first_rank=self.actor.layout.num_workers if self.reference_apart else 0,
+            )
+        evaluation = None
+        if self.evaluation is not None:
+            evaluation = EvaluationPlan(
+                graph=self._evaluation_graph(self.evaluation),
+                dataset=self.evaluation.dataset,
+                dataset_field="evaluation.dataset",
+            )
+        return CompiledExperiment(
+            run=self.run,
+            models=models,
+            graph=self._training_graph(),
+            dataset=self.prompts,
+            dataset_field="prompts",
+            evaluation=evaluation,
+        )
+
+    def _training_graph(self) -> Graph:
+        num_sequences = self.batch_size * self.group_size
+        calls: list[Call] = [
+            _generate(ACTOR, self.actor, self.sampling, num_sequences, self.microbatch_tokens),
+            FunctionCall(
+                name="reward",
+                function=RewardFunction(
+                    reward=self.reward,
+                    normalise_by_std=self.normalise_by_std,
+                    drop_zero_variance=self.drop_zero_variance,
+                ),
+                inputs=("tokens", "loss_mask"),
+                outputs=("reward", "advantage"),
+                batch_size=num_sequences,
+            ),
+        ]
+        inputs: tuple[str, ...] = ("tokens", "loss_mask", "log_probabilities", "advantage")
+        reference = self._reference
+        if reference is not None:
+            key = "reference_log_probabilities"
+            inputs = (*inputs, key)
+            calls.append(
+                ModelFunctionCall(
+                    name="reference",
+                    model=REFERENCE,
+                    kind=CallKind.INFERENCE,
+                    settings=LogProbabilities(output=key, temperature=self.sampling.temperature),
+                    inputs=("tokens", "loss_mask"),
+                    outputs=(key,),
+                    batch_size=num_sequences,
+                    minibatch_size=num_sequences,
+                    microbatching=Microbatching(max_tokens=self.microbatch_tokens, min_count=reference.layout.pp),
+                )
+            )
+        calls.append(
+            ModelFunctionCall(
+                name="train",
+                model=ACTOR,
+                kind=CallKind.TRAIN_STEP,
+                settings=PolicyLoss(
+                    clip_low=self.clip_low,
+                    clip_high=self.clip_high,
+                    kl_coefficient=self.kl_coefficient,
+                    kl_estimator=self.kl_estimator,
+                    normalisation=self.loss_normalisation,
+                    temperature=self.sampling.temperature,
+                ),
+                inputs=inputs,
+                batch_size=num_sequences,
+                minibatch_size=num_sequences // self.minibatches,
+                passes=self.passes,
+                microbatching=Microbatching(max_tokens=self.microbatch_tokens, min_count=self.actor.layout.pp),
+            )
+        )
+        return Graph("grpo", tuple(calls), PROMPT_KEYS, sequences_per_row=self.group_size)
+
+    def _evaluation_graph(self, evaluation: GRPOEvaluation) -> Graph:
+        size = evaluation.batch_size
+        score = FunctionCall(
+            name="score",
+            function=RewardFunction(reward=evaluation.reward, has_advantages=False),
+            inputs=("tokens", "loss_mask"),
+            outputs=("reward",),
+            batch_size=size,
+        )
+        answer = _generate(ACTOR, self.actor, evaluation.sampling, size, self.microbatch_tokens)
+        return Graph("evaluation", (answer, score), PROMPT_KEYS)
+
+
+def _generate(role: str, model: Model, sampling: Sampling, batch_size: int, max_tokens: int) -> ModelFunctionCall:
+    return ModelFunctionCall(
+        name="generate",
+        model=role,
+        kind=CallKind.GENERATE,
+        settings=Generation(sampling=sampling),
+        inputs=PROMPT_KEYS,
+        outputs=RESPONSE_KEYS,
+        batch_size=batch_size,
+        minibatch_size=batch_size,
+        microbatching=Microbatching(max_tokens=max_tokens, min_count=model.layout.pp),
+    )

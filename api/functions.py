@@ -1,0 +1,19 @@
+"""Function calls of a graph: a reward, and the advantages that follow from it."""
+
+from __future__ import annotations
+
+from .record import record
+from .rewards import Reward
+
+
+@record
+class RewardFunction:
+    """Scores responses; if asked to, compares each with its group. See `workers/functions/advantages.py`."""
+
+    reward: Reward
+    has_advantages: bool = True
+    """Whether to add the key `advantage`; an evaluation does not."""
+    normalise_by_std: bool = True
+    """Whether advantages are divided by their group's standard deviation."""
+    drop_zero_variance: bool = False
+    """Whether groups whose rewards are all alike leave the batch."""

@@ -1,0 +1,32 @@
+"""GRPO on two-digit addition, from a checkpoint that examples/arithmetic/sft.py left.
+
+trainmaster run examples/arithmetic/grpo.py --actor.path runs/arithmetic-sft/checkpoints/step-400
+"""
+
+from pathlib import Path
+
+import task
+from trainmaster import GRPO, Dataset, GRPOEvaluation, Layout, Model, Optimizer, Reward, RunOptions, Sampling
+
+experiment = GRPO(
+    actor=Model(path=Path("runs/arithmetic-sft/checkpoints/step-400"), layout=Layout(pp=2)),
+    prompts=Dataset(path=task.TRAIN),
+    reward=Reward(function="exact_match"),
+    sampling=Sampling(max_new_tokens=5),
+    evaluation=GRPOEvaluation(
+        dataset=Dataset(path=task.HELD_OUT),
+        reward=Reward(function="exact_match"),
+        sampling=Sampling(max_new_tokens=5, temperature=0.0),
+    ),
+    optimizer=Optimizer(learning_rate=5e-4, beta2=0.999),
+    batch_size=32,
+    group_size=8,
+    kl_coefficient=0.01,
+    microbatch_tokens=2048,
+    run=RunOptions(name="arithmetic-grpo", steps=100, evaluate_every=25),
+)
+
+
+def prepare(experiment: GRPO) -> None:
+    """Makes the data."""
+    task.write_all()

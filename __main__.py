@@ -82,10 +82,11 @@ def _load(options: argparse.Namespace, overrides: list[str], command: str) -> Lo
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     from .system.launchers.local import LocalRun
-    from .system.preflight import check_files
+    from .system.preflight import check_files, check_functions
 
     loaded = _load(options, overrides, "run")
     check_files(loaded.compiled)
+    check_functions(loaded)
     with _claimed(loaded.compiled.run.path) as directory:
         run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory)
         code = asyncio.run(run.follow())
@@ -96,7 +97,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _master(options: argparse.Namespace, overrides: list[str]) -> int:
     from .system.master import run_master
-    from .system.preflight import check_files
+    from .system.preflight import check_files, check_functions
     from .system.service.addresses import check_address, is_local
     from .system.service.logs import log_to_stderr
     from .system.service.parent import end_with_parent
@@ -116,6 +117,7 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
         end_with_parent()
     else:
         check_files(loaded.compiled)
+        check_functions(loaded)
     try:
         with contextlib.nullcontext() if options.child else _claimed(path):
             asyncio.run(run_master(loaded, options.bind))
@@ -148,10 +150,11 @@ def _worker(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:
-    from .system.preflight import check_files, check_run_directory
+    from .system.preflight import check_files, check_functions, check_run_directory
 
     loaded = _load(options, overrides, "check")
     check_files(loaded.compiled)
+    check_functions(loaded)
     check_run_directory(loaded.compiled.run.path)
     print(f"{options.file}: {type(loaded.experiment).__name__} on {loaded.compiled.num_workers} workers: ready to run")
     return 0

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..api.config import Model
 from ..api.errors import ConfigError
+from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import Graph
 from ..api.json_lines import check_json_lines
+from ..api.rewards import resolve_reward
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """How transformers' configs name the number of layers."""
@@ -26,6 +28,14 @@ def check_files(compiled: CompiledExperiment) -> None:
     if compiled.evaluation is not None:
         plan = compiled.evaluation
         check_json_lines(plan.dataset, f"{plan.dataset_field}.path", _has_answers(plan.graph))
+
+
+def check_functions(loaded: LoadedExperiment) -> None:
+    """Every function that a graph calls is in the experiment file, or ships with us. Raises `ConfigError`."""
+    compiled = loaded.compiled
+    graphs = [compiled.graph, *([compiled.evaluation.graph] if compiled.evaluation is not None else [])]
+    for name in dict.fromkeys(call.function.reward.function for graph in graphs for call in graph.function_calls):
+        resolve_reward(loaded.file, name)
 
 
 def _has_answers(graph: Graph) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -56,13 +57,15 @@ class Trainer:
 
     async def run(self) -> None:
         """All steps. Every step that is due to be saved is saved before the next begins."""
-        num_steps, batch_size = self._cadence.num_steps, self._compiled.graph.batch_size
+        batch_size = self._compiled.graph.batch_size
         await self._evaluate(0)
-        self._progress.start(num_steps)
-        for step in range(1, num_steps + 1):
+        self._progress.start(self._cadence.num_steps)
+        step = 0
+        while step < self._cadence.num_steps:
+            step += 1
             start_s = time.perf_counter()
             samples = await self._stream.take(batch_size)
-            if step < num_steps:
+            if step < self._cadence.num_steps:
                 self._stream.prefetch(batch_size)
             traversal = await self._executor.traverse(samples, self._saves(step))
             self._report(step, traversal, time.perf_counter() - start_s)
@@ -89,6 +92,10 @@ class Trainer:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("evaluation/"))
         logger.info("step %d: %s", step, shown)
         self._progress.note(f"after step {step}: {shown}")
+        target, loss = self._compiled.target_loss, values.get("evaluation/loss")
+        if target is not None and loss is not None and loss <= target and step + 1 < self._cadence.num_steps:
+            self._cadence = dataclasses.replace(self._cadence, num_steps=step + 1)
+            self._progress.note(f"evaluation/loss is down to target_loss ({target:g}): step {step + 1} is the last")
 
     def _report(self, step: int, traversal: Traversal, seconds: float) -> None:
         values = {

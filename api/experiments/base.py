@@ -46,6 +46,8 @@ class CompiledExperiment:
     dataset: Dataset
     dataset_field: str
     evaluation: EvaluationPlan | None = None
+    target_loss: float | None = None
+    """Of `evaluation/loss`: reached, the run ends with one more step."""
 
     def graph_named(self, name: str) -> Graph:
         """The training or the evaluation graph."""

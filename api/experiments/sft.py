@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from ..algorithms import SupervisedLoss
 from ..config import Dataset, Model, Optimizer, RunOptions
@@ -43,6 +43,8 @@ class SFT:
     """Sequences an optimizer step; by default the whole batch. `batch_size` must be a multiple of it."""
     microbatch_tokens: PositiveInt = 4096
     """The most tokens in one pipeline slot. It bounds the memory of activations."""
+    target_loss: PositiveFloat | None = None
+    """End the run early, once `evaluation/loss` is at or below this: one more step is taken, and saved."""
     run: RunOptions = field(default_factory=lambda: RunOptions(name="sft"))
     """Name, length, seed, cadence."""
 
@@ -58,6 +60,13 @@ class SFT:
         if size < dp:
             raise ConfigError(
                 "minibatch_size", size, f"must be at least model.layout.dp ({dp})", "raise it, or lower model.layout.dp"
+            )
+        if self.target_loss is not None and self.run.evaluate_every is None:
+            raise ConfigError(
+                "target_loss",
+                self.target_loss,
+                "it is compared with evaluation/loss, which is not taken between steps",
+                "set run.evaluate_every and give `evaluation` a dataset",
             )
         check_run(self.run, self.model.layout.num_workers, has_evaluation=self.evaluation is not None)
 
@@ -100,4 +109,5 @@ class SFT:
             dataset=self.dataset,
             dataset_field="dataset",
             evaluation=evaluation,
+            target_loss=self.target_loss,
         )

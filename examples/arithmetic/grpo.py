@@ -18,7 +18,7 @@ experiment = GRPO(
         reward=Reward(function="exact_match"),
         sampling=Sampling(max_new_tokens=5, temperature=0.0),
     ),
-    optimizer=Optimizer(learning_rate=5e-4, beta2=0.999),
+    optimizer=Optimizer(learning_rate=1e-4, warmup_steps=5),
     batch_size=32,
     group_size=8,
     kl_coefficient=0.01,

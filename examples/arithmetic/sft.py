@@ -14,7 +14,7 @@ experiment = SFT(
     optimizer=Optimizer(learning_rate=1e-3, warmup_steps=20),
     batch_size=128,
     microbatch_tokens=1024,
-    run=RunOptions(name="arithmetic-sft", steps=400, evaluate_every=100),
+    run=RunOptions(name="arithmetic-sft", steps=400, evaluate_every=10),
 )
 
 

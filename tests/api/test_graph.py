@@ -1,4 +1,5 @@
 import pytest
+from trainmaster.api.algorithms import SupervisedLoss
 from trainmaster.api.errors import ConfigError
 from trainmaster.api.graph import CallKind, Graph, Microbatching, ModelFunctionCall
 
@@ -8,7 +9,7 @@ def call(name: str, inputs: str = "", outputs: str = "", batch_size: int = 4) ->
         name=name,
         model="actor",
         kind=CallKind.INFERENCE,
-        algorithm="sft",
+        settings=SupervisedLoss(),
         inputs=tuple(inputs.split()),
         outputs=tuple(outputs.split()),
         batch_size=batch_size,

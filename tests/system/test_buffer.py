@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trainmaster.api.algorithms import SupervisedLoss
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.api.graph import CallKind, Graph, Microbatching, ModelFunctionCall
 from trainmaster.system.buffer import SequenceBuffer
@@ -11,7 +12,7 @@ def call(name: str, inputs: str, outputs: str = "") -> ModelFunctionCall:
         name=name,
         model="actor",
         kind=CallKind.INFERENCE,
-        algorithm="sft",
+        settings=SupervisedLoss(),
         inputs=tuple(inputs.split()),
         outputs=tuple(outputs.split()),
         batch_size=4,
@@ -96,3 +97,26 @@ def test_every_call_reads_every_sequence_once_in_order_of_admission(finishing: l
     buffer.finish(SCORE, ids)
     assert [buffer.finish(TRAIN, [ids[at]]) for at in finishing] == [(ids[at],) for at in finishing]
     assert len(buffer) == 0
+
+
+def test_a_dropped_sequence_is_not_waited_for_and_retires_with_its_last_reader():
+    buffer = SequenceBuffer(GRAPH)
+    buffer.admit(samples("a", "b", "c"))
+    assert buffer.take(SCORE, buffer.num_open(SCORE)) == samples("a", "b", "c")
+    buffer.amend(samples("a", "c", key="score"))
+    assert buffer.drop(["b"]) == (), "the score is still being computed"
+    assert buffer.num_open(TRAIN) == 2
+    taken = buffer.take(TRAIN, 2)
+    assert taken is not None
+    assert taken.ids == ("a", "c")
+    assert buffer.finish(SCORE, ["a", "b", "c"]) == ("b",)
+    assert buffer.finish(TRAIN, ["a", "c"]) == ("a", "c")
+    assert len(buffer) == 0
+
+
+def test_a_batch_that_was_dropped_whole_is_taken_as_nothing():
+    buffer = SequenceBuffer(GRAPH)
+    buffer.admit(samples("a"))
+    buffer.take(SCORE, 1)
+    buffer.drop(["a"])
+    assert buffer.take(TRAIN, buffer.num_open(TRAIN)) == Samples(ids=(), keys={})

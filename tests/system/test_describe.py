@@ -18,10 +18,10 @@ def test_models_with_workers_then_graphs_with_calls():
         "  model: models/m, trained, dp=2 pp=3 tp=1 sp=1, workers 0-5",
         "graph sft",
         "  dataset train.jsonl -> tokens, loss_mask",
-        "  train: train_step on model (sft), batch 8, minibatch 4, reads tokens, loss_mask from dataset",
+        "  train: train_step on model, batch 8, minibatch 4, reads tokens, loss_mask from dataset",
         "graph evaluation",
         "  dataset test.jsonl -> tokens, loss_mask",
-        "  evaluate: inference on model (sft), batch 8, minibatch 8, reads tokens, loss_mask from dataset",
+        "  evaluate: inference on model, batch 8, minibatch 8, reads tokens, loss_mask from dataset",
     ]
 
 

@@ -48,17 +48,17 @@ def edges(graph) -> dict[tuple[str, str], tuple[str, ...]]:
         ),
         ({"minibatches": 5}, r"minibatches = 5: must divide the 24 responses .* at least actor\.layout\.dp \(2\)"),
         ({"minibatches": 24}, r"minibatches = 24: must divide the 24 responses .* at least actor\.layout\.dp \(2\)"),
-        ({"reference": OTHER}, r"reference = a model: nothing reads it while kl_coefficient is 0\. Raise kl_coeffic"),
-        ({"reference_apart": True}, r"reference_apart = true: there is no reference while kl_coefficient is 0"),
+        ({"reference": OTHER}, r"reference = 'a model': nothing reads it while kl_coefficient is 0\. Raise kl_coeffic"),
+        ({"reference_apart": True}, r"reference_apart = True: there is no reference while kl_coefficient is 0"),
         ({"run": RunOptions(workers=5)}, r"run\.workers = 5: the layouts ask for 6 "),
         ({"run": RunOptions(evaluate_every=2)}, r"run\.evaluate_every = 2: there is nothing to evaluate on"),
         ({"clip_low": -0.1}, r"GRPO\.clip_low = -0\.1: input should be greater than or equal to 0"),
-        ({"kl_estimator": "k4"}, r"GRPO\.kl_estimator = \"k4\": input should be 'k1', 'k2' or 'k3'"),
+        ({"kl_estimator": "k4"}, r"GRPO\.kl_estimator = 'k4': input should be 'k1', 'k2' or 'k3'"),
         ({"clip": 0.2}, r"GRPO\.clip = 0\.2: GRPO has no such field"),
     ],
 )
 def test_rules(fields, message):
-    with pytest.raises(ConfigError, match=f"(?i){message}"):
+    with pytest.raises(ConfigError, match=message):
         grpo(**fields)
 
 

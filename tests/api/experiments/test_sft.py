@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from trainmaster.api.algorithms import SupervisedLoss
 from trainmaster.api.config import Dataset, Layout, Model, Optimizer, RunOptions
 from trainmaster.api.errors import ConfigError
 from trainmaster.api.experiments.sft import SFT
@@ -30,7 +31,7 @@ def test_every_replica_gets_a_sequence_of_each_minibatch():
 
 def test_the_number_of_workers_agrees_with_the_layout():
     assert sft(run=RunOptions(workers=6)).run.workers == 6
-    with pytest.raises(ConfigError, match=r"run\.workers = 5: model\.layout asks for 6 .*\. Leave run\.workers out"):
+    with pytest.raises(ConfigError, match=r"run\.workers = 5: the layouts ask for 6 .*\. Leave run\.workers out"):
         sft(run=RunOptions(workers=5))
 
 
@@ -45,7 +46,12 @@ def test_it_compiles_to_one_training_call():
     optimizer = Optimizer(learning_rate=0.1)
     compiled = sft(batch_size=12, minibatch_size=4, microbatch_tokens=99, optimizer=optimizer).compile()
     (call,) = compiled.graph.calls
-    assert (call.name, call.model, call.kind, call.algorithm) == ("train", "model", CallKind.TRAIN_STEP, "sft")
+    assert (call.name, call.model, call.kind, call.settings) == (
+        "train",
+        "model",
+        CallKind.TRAIN_STEP,
+        SupervisedLoss(),
+    )
     assert (call.inputs, call.outputs) == (("tokens", "loss_mask"), ())
     assert (call.batch_size, call.minibatch_size, compiled.graph.batch_size) == (12, 4, 12)
     assert call.microbatching == Microbatching(max_tokens=99, min_count=3)
@@ -60,3 +66,8 @@ def test_with_an_evaluation_dataset_it_compiles_to_two_graphs():
     (call,) = compiled.evaluation.graph.calls
     assert (call.name, call.kind, call.batch_size, call.minibatch_size) == ("evaluate", CallKind.INFERENCE, 12, 12)
     assert (compiled.evaluation.dataset_field, compiled.evaluation.dataset.path) == ("evaluation", Path("e"))
+
+
+def test_a_target_loss_needs_evaluations_between_steps():
+    with pytest.raises(ConfigError, match=r"target_loss = 0\.5: it is compared with evaluation/loss.*Set run"):
+        sft(target_loss=0.5)

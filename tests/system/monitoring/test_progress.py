@@ -17,8 +17,8 @@ def test_steps_are_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.Mo
     output, line = plain()
     with line:
         line.start(4)
-        line.step(1, 0.51239, 12345.6)
-        line.step(4, 0.25, 9.0)
+        line.step(1, "loss 0.5124", 12345.6)
+        line.step(4, "loss 0.2500", 9.0)
     assert output.getvalue().splitlines() == [
         "step 1/4  loss 0.5124  12,346 tokens/s  0:30 left",
         "step 4/4  loss 0.2500  9 tokens/s  0:00 left",
@@ -51,7 +51,7 @@ def test_on_a_terminal_one_line_moves():
     output = StringIO()
     with ProgressLine(Console(file=output, force_terminal=True, width=100)) as line:
         line.start(4)
-        line.step(2, 0.5, 100.0)
+        line.step(2, "loss 0.5000", 100.0)
         line.note("saved")
     shown = output.getvalue()
     assert "step 2/4" in shown

@@ -7,16 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.api.errors import ProtocolError
-from trainmaster.api.graph import CallKind
 from trainmaster.system.rpc import codec
 from trainmaster.system.rpc.commands import (
     CallDone,
+    CallFunction,
     CallModel,
     Command,
     DatasetOpened,
     Done,
+    Example,
     Fetch,
     Fetched,
+    FunctionDone,
     Hook,
     HostStore,
     JoinGroups,
@@ -24,6 +26,7 @@ from trainmaster.system.rpc.commands import (
     Mean,
     ModelLoaded,
     OpenDataset,
+    OpenFunction,
     Parcel,
     Redistribute,
     Release,
@@ -75,13 +78,13 @@ commands = st.one_of(
     st.builds(JoinGroups, store_host=text, store_port=integers),
     st.builds(LoadModel, model=text),
     st.builds(OpenDataset, dataset=text),
-    st.builds(Fetch, dataset=text, start=counts, count=counts),
+    st.builds(OpenFunction, graph=text, call=text),
+    st.builds(Fetch, graph=text, start=counts, count=counts),
+    st.builds(CallFunction, graph=text, call=text, samples=samples),
     st.builds(
         CallModel,
+        graph=text,
         call=text,
-        model=text,
-        kind=st.sampled_from(CallKind),
-        algorithm=text,
         microbatches=tuples(samples, 2),
     ),
     st.builds(Transfer, redistribute=redistributes),
@@ -94,7 +97,20 @@ results = st.one_of(
     st.builds(ModelLoaded, num_parameters=counts),
     st.builds(DatasetOpened, num_sequences=counts, num_tokens=counts, longest=counts, longest_id=text),
     st.builds(Fetched, samples=samples),
-    st.builds(CallDone, statistics=st.dictionaries(text, means, max_size=2), version=counts),
+    st.builds(
+        CallDone,
+        statistics=st.dictionaries(text, means, max_size=2),
+        version=counts,
+        outputs=st.none() | samples,
+    ),
+    st.builds(
+        FunctionDone,
+        statistics=st.dictionaries(text, means, max_size=2),
+        outputs=samples,
+        dropped=tuples(text),
+        failures=tuples(text),
+        examples=tuples(st.builds(Example, id=text, prompt=text, response=text, reward=st.none() | positive)),
+    ),
 )
 shard_files = st.builds(ShardFile, tensors=tuples(text), file=text, size_bytes=counts)
 outcomes = st.one_of(
@@ -142,10 +158,8 @@ REQUEST = Request(
     id=5,
     lane=Lane.COMPUTE,
     command=CallModel(
+        graph="sft",
         call="train",
-        model="actor",
-        kind=CallKind.TRAIN_STEP,
-        algorithm="sft",
         microbatches=(Samples(ids=("a", "b"), keys={"tokens": COLUMN}),),
     ),
     pre_hooks=(Redistribute(tag=1, sends=(Parcel(peer=1, samples=Samples(ids=("a",), keys={})),)),),

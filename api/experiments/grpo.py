@@ -114,6 +114,13 @@ class GRPO:
                 f"actor.layout.dp ({dp})",
                 "lower it, or change batch_size",
             )
+        if self.reference is not None and self.reference.layout.dp > num_sequences:
+            raise ConfigError(
+                "reference.layout.dp",
+                self.reference.layout.dp,
+                f"a step has only {num_sequences} responses (batch_size * group_size)",
+                "lower it, or raise batch_size",
+            )
         if self.reference is not None and self.kl_coefficient == 0:
             raise ConfigError(
                 "reference",

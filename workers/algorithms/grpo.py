@@ -31,10 +31,13 @@ from ..models.stage import Stage
 from .functional import chosen_log_probabilities, predicted_positions, zero_connected
 from .statistics import Statistics
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are bounded by this, so that one far-off token cannot overflow the gradient of all."""
+
 
 def kl_divergence(log_probabilities: Tensor, reference: Tensor, estimator: KLEstimator) -> Tensor:
     """Per token, from log-probabilities `[n]` of the policy and of the reference."""
-    difference = reference - log_probabilities
+    difference = (reference - log_probabilities).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     match estimator:
         case KLEstimator.K1:
             return -difference
@@ -74,7 +77,7 @@ class GroupRelativePolicy:
         sequence = torch.bucketize(positions, microbatch.packed.cu_seqlens[1:].long(), right=True)  # [n], of S
         advantage = keys["advantage"][sequence]
         log_ratio = now - keys["log_probabilities"][positions]
-        ratio = log_ratio.exp()
+        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
         loss = -gain

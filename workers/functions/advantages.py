@@ -14,6 +14,9 @@ import numpy as np
 
 from ...api.rewards import group_of
 
+ROUNDING = 1e-9
+"""Rewards that differ by no more than this part of the largest are alike."""
+
 
 def group_advantages(rewards: Mapping[str, float], normalise_by_std: bool) -> tuple[dict[str, float], set[str]]:
     """From rewards by sequence: advantages by sequence, and the groups whose rewards are all alike."""
@@ -24,7 +27,7 @@ def group_advantages(rewards: Mapping[str, float], normalise_by_std: bool) -> tu
     alike: set[str] = set()
     for group, sequences in groups.items():
         values = np.array([rewards[sequence] for sequence in sequences])
-        if np.ptp(values) == 0:
+        if np.ptp(values) <= ROUNDING * np.abs(values).max():
             alike.add(group)
             advantages.update(dict.fromkeys(sequences, 0.0))
             continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...api.batch import Samples
+from ...api.errors import RewardError
 from ...api.graph import FunctionCall
 from ...api.rewards import Item, Outcome, apply_policy, group_of
 from ...system.rpc.commands import Example, FunctionDone, Mean
@@ -82,6 +83,11 @@ class FunctionRunner:
         tensors = {key: [torch.tensor([numbers[sequence]]) for sequence in ids] for key, numbers in values.items()}
         for key, column in tensors.items():
             for sequence, tensor in zip(ids, column, strict=True):
+                if not tensor.isfinite():
+                    value = values[key][sequence]
+                    raise RewardError(
+                        f"sample {sequence}: its {key} {value:g} is beyond float32. Scale the reward down"
+                    )
                 self._store.put(sequence, key, tensor)
         return describe(tensors, ids)
 

@@ -200,3 +200,8 @@ def test_whatever_a_user_writes_it_with_is_public():
     for name in names:
         assert getattr(trainmaster, name).__name__ == name
     assert trainmaster.GRPO is GRPO
+
+
+def test_a_reference_has_no_more_copies_than_there_are_responses():
+    with pytest.raises(ConfigError, match=r"reference\.layout\.dp = 8: a step has only 2 responses"):
+        grpo(batch_size=1, group_size=2, kl_coefficient=0.1, reference=Model(path="m", layout=Layout(dp=8)))

@@ -317,3 +317,10 @@ def test_settings_choose_the_algorithm():
     with pytest.raises(AssertionError, match="no recipe infers by PolicyLoss"):
         inference_algorithm(settings)
     assert type(training_algorithm(SupervisedLoss())) is type(inference_algorithm(SupervisedLoss()))
+
+
+def test_a_token_far_off_does_not_overflow():
+    policy = torch.tensor([-100.0], requires_grad=True)
+    kl_divergence(policy, torch.tensor([0.0]), KLEstimator.K3).sum().backward()
+    assert policy.grad is not None
+    assert policy.grad.isfinite().all()

@@ -72,3 +72,9 @@ def test_the_order_of_sequences_does_not_matter(values, normalise_by_std, order:
     wanted, alike_before = group_advantages(rewards, normalise_by_std)
     assert shuffled == pytest.approx(wanted, abs=1e-9)
     assert alike == alike_before
+
+
+def test_rewards_that_differ_by_rounding_are_alike():
+    advantages, alike = group_advantages({"g/0": 0.3, "g/1": 0.1 + 0.2}, normalise_by_std=True)
+    assert advantages == {"g/0": 0.0, "g/1": 0.0}
+    assert alike == {"g"}

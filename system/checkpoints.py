@@ -9,12 +9,12 @@ A directory without the dot is whole: it was synced to disk before it got its na
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..api.errors import RunError
 from .rpc.commands import ShardFile
+from .service.files import sync
 
 INDEX = "model.safetensors.index.json"
 
@@ -48,17 +48,9 @@ class CheckpointFolder:
             }
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         final = self._folder / f"step-{step}"
         partial.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         return final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

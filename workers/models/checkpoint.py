@@ -10,13 +10,13 @@ synced to disk before a call returns. Files are written in place: give a new dir
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from ...system.service.files import sync
 from . import hf_compat
 from .stage import Stage
 
@@ -41,8 +41,8 @@ def write_stage(stage: Stage, directory: Path) -> StageFile:
         name = f"model-{stage.index + 1:05d}-of-{stage.num_stages:05d}.safetensors"
     tensors = stage_tensors(stage)
     save_file(tensors, directory / name, metadata={"format": "pt"})
-    _sync(directory / name)
-    _sync(directory)
+    sync(directory / name)
+    sync(directory)
     return StageFile(
         name=name, weight_map=dict.fromkeys(tensors, name), total_size_bytes=sum(t.nbytes for t in tensors.values())
     )
@@ -55,11 +55,11 @@ def write_config(stage: Stage, directory: Path) -> None:
     config.architectures = [type(stage.model).__name__]
     with hf_compat.quiet():
         config.save_pretrained(directory)
-        _sync(directory / "config.json")
+        sync(directory / "config.json")
         if stage.model.can_generate():  # not save_pretrained: it refuses settings that published models have
             stage.model.generation_config.to_json_file(directory / "generation_config.json")
-            _sync(directory / "generation_config.json")
-    _sync(directory)
+            sync(directory / "generation_config.json")
+    sync(directory)
 
 
 def stage_tensors(stage: Stage) -> dict[str, torch.Tensor]:
@@ -74,12 +74,3 @@ def stage_tensors(stage: Stage) -> dict[str, torch.Tensor]:
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in left_out}
     saved = hf_compat.checkpoint_format(model, tensors)
     return {name: tensor.cpu().contiguous() for name, tensor in saved.items()}
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's contents, or a directory's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api.algorithms import KLEstimator, LossNormalisation
     from .api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
-    from .api.experiments.grpo import GRPO, GRPOEvaluation
+    from .api.experiments.answers import AnswerEvaluation
+    from .api.experiments.grpo import GRPO
     from .api.experiments.sft import SFT
     from .api.rewards import OnFailure, Reward
     from .api.sampling import Sampling
@@ -23,7 +24,7 @@ __version__ = "0.1.0"
 _HOME = {
     "SFT": "api.experiments.sft",
     "GRPO": "api.experiments.grpo",
-    "GRPOEvaluation": "api.experiments.grpo",
+    "AnswerEvaluation": "api.experiments.answers",
     "Dataset": "api.config",
     "Deadlines": "api.config",
     "KLEstimator": "api.algorithms",
@@ -39,9 +40,9 @@ _HOME = {
 __all__ = [
     "GRPO",
     "SFT",
+    "AnswerEvaluation",
     "Dataset",
     "Deadlines",
-    "GRPOEvaluation",
     "KLEstimator",
     "Layout",
     "LossNormalisation",

@@ -164,6 +164,8 @@ class RunOptions:
     """Steps between checkpoints. The last step is always saved."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations. With an evaluation dataset, the first and the last step are always evaluated."""
+    target_reward: float | None = None
+    """End the run early, once `evaluation/reward` is at or above this: one more step is taken, and saved."""
     workers: PositiveInt | None = None
     """The number of workers; by default what the layouts ask for, and it must agree with them."""
     threads: PositiveInt | None = None

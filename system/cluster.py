@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
+from ..api.experiments.base import FedGraph
 from .dispatch import settle
 from .executor import DATA_RANK
 from .rpc.commands import (
@@ -80,20 +81,18 @@ class Cluster:
             num_parameters[command.model] += result.num_parameters
         return {role: total // models[role].model.layout.dp for role, total in num_parameters.items()}
 
-    async def open_dataset(self, name: str) -> DatasetOpened:
-        """Has the data worker read and check a dataset of the experiment."""
-        (opened,) = await self._ask(f"open {name}", [(DATA_RANK, OpenDataset(dataset=name))])
+    async def open_dataset(self, fed: FedGraph) -> DatasetOpened:
+        """Has the data worker read and check the dataset of a graph."""
+        (opened,) = await self._ask(f"open {fed.dataset_field}", [(DATA_RANK, OpenDataset(graph=fed.graph.name))])
         assert isinstance(opened, DatasetOpened), "OpenDataset is answered by DatasetOpened"
         return opened
 
     async def open_functions(self) -> None:
         """Has the data worker start the processes of all function calls."""
-        compiled = self._loaded.compiled
-        graphs = [compiled.graph, *([compiled.evaluation.graph] if compiled.evaluation is not None else [])]
         requests: list[tuple[int, Command]] = [
-            (DATA_RANK, OpenFunction(graph=graph.name, call=call.name))
-            for graph in graphs
-            for call in graph.function_calls
+            (DATA_RANK, OpenFunction(graph=name, call=call.name))
+            for name, fed in self._loaded.compiled.graphs.items()
+            for call in fed.graph.function_calls
         ]
         if requests:
             await self._ask("start functions", requests)

@@ -19,9 +19,8 @@ def describe(compiled: CompiledExperiment) -> str:
             f"  {role}: {source}, {trained}, dp={layout.dp} pp={layout.pp} tp={layout.tp} sp={layout.sp}, "
             f"workers {placed.ranks.start}-{placed.ranks.stop - 1}"
         )
-    lines += _graph_lines(compiled.graph, str(compiled.dataset.path))
-    if compiled.evaluation is not None:
-        lines += _graph_lines(compiled.evaluation.graph, str(compiled.evaluation.dataset.path))
+    for fed in compiled.graphs.values():
+        lines += _graph_lines(fed.graph, str(fed.dataset.path))
     return "\n".join(lines)
 
 

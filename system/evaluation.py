@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..api.errors import ConfigError
-from ..api.experiments.base import CompiledExperiment, EvaluationPlan
+from ..api.experiments.base import CompiledExperiment, FedGraph
 from .executor import Executor, merge
 from .rpc.commands import DatasetOpened, Example, Mean
 from .rpc.server import Server
@@ -12,30 +12,29 @@ from .stream import SampleStream
 
 
 class Evaluator:
-    """Runs one evaluation plan as often as it is asked to."""
+    """Runs one evaluation as often as it is asked to."""
 
     def __init__(
         self,
-        plan: EvaluationPlan,
+        fed: FedGraph,
         opened: DatasetOpened,
         compiled: CompiledExperiment,
         server: Server,
         storage: Storage,
     ) -> None:
-        self._plan = plan
         self.examples: tuple[Example, ...] = ()
         """Of the last batch."""
-        self._executor = Executor(plan.graph, compiled, server, storage)
-        self._stream = SampleStream(server, storage, plan.graph.name, compiled.run.deadlines.call_s)
-        replicas = max(compiled.models[call.model].model.layout.dp for call in plan.graph.model_calls)
+        self._executor = Executor(fed.graph, compiled, server, storage)
+        self._stream = SampleStream(server, storage, fed.graph.name, compiled.run.deadlines.call_s)
+        replicas = max(compiled.models[call.model].model.layout.dp for call in fed.graph.model_calls)
         if opened.num_sequences < replicas:
             raise ConfigError(
-                f"{plan.dataset_field}.path",
-                str(plan.dataset.path),
+                f"{fed.dataset_field}.path",
+                str(fed.dataset.path),
                 f"it has {opened.num_sequences} sequences, fewer than the layout's dp ({replicas})",
                 "add rows, or lower dp",
             )
-        self._counts = even_batches(opened.num_sequences, plan.graph.batch_size, replicas)
+        self._counts = even_batches(opened.num_sequences, fed.graph.batch_size, replicas)
 
     async def run(self) -> dict[str, float]:
         """One pass. Returns `evaluation/NAME` of every statistic, weighted over all sequences."""

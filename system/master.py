@@ -99,12 +99,11 @@ async def _train(
     cluster = Cluster(server, loaded)
     progress.note(f"{compiled.run.name}: waiting for {server.num_workers} workers at {server.address}")
     workers = await cluster.assemble(directory / "logs")
-    opened = await cluster.open_dataset(compiled.dataset_field)
-    cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.graph.batch_size)
-    evaluator = None
-    if compiled.evaluation is not None:
-        held_out = await cluster.open_dataset(compiled.evaluation.dataset_field)
-        evaluator = Evaluator(compiled.evaluation, held_out, compiled, server, storage)
+    opened = await cluster.open_dataset(compiled.training)
+    cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)
+    evaluators = [
+        Evaluator(fed, await cluster.open_dataset(fed), compiled, server, storage) for fed in compiled.evaluations
+    ]
     await cluster.open_functions()
     num_parameters = await cluster.load_models()
     for role, placed in compiled.models.items():
@@ -114,21 +113,21 @@ async def _train(
             f"on workers {', '.join(f'{rank} ({workers[rank].host})' for rank in placed.ranks)}"
         )
     _describe_batches(compiled, cadence, opened, progress)
-    await Trainer(compiled, cadence, server, storage, evaluator, metrics, progress).run()
+    await Trainer(compiled, cadence, server, storage, evaluators, metrics, progress).run()
 
 
 def _describe_batches(
     compiled: CompiledExperiment, cadence: Cadence, opened: DatasetOpened, progress: ProgressLine
 ) -> None:
     """Says what batch, minibatch and microbatch mean here, in sequences and tokens."""
-    mean = opened.num_tokens / opened.num_sequences
+    fed, mean = compiled.training, opened.num_tokens / opened.num_sequences
     progress.note(
-        f"{compiled.dataset_field}: {opened.num_sequences:,} sequences, {opened.num_tokens:,} tokens, longest "
+        f"{fed.dataset_field}: {opened.num_sequences:,} sequences, {opened.num_tokens:,} tokens, longest "
         f"{opened.longest} tokens ({opened.longest_id}); {cadence.num_steps:,} steps = "
-        f"{cadence.num_steps * compiled.graph.batch_size / opened.num_sequences:.2f} passes"
+        f"{cadence.num_steps * fed.graph.batch_size / opened.num_sequences:.2f} passes"
     )
     rows = []
-    for call in compiled.graph.model_calls:
+    for call in fed.graph.model_calls:
         layout, largest = compiled.models[call.model].model.layout, call.microbatching.max_tokens
         length = mean + call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else mean
         share = call.minibatch_size * length / layout.dp

@@ -24,17 +24,14 @@ def check_files(compiled: CompiledExperiment) -> None:
     """
     for placed in compiled.models.values():
         _check_model(placed.model, placed.field)
-    check_json_lines(compiled.dataset, f"{compiled.dataset_field}.path", _has_answers(compiled.graph))
-    if compiled.evaluation is not None:
-        plan = compiled.evaluation
-        check_json_lines(plan.dataset, f"{plan.dataset_field}.path", _has_answers(plan.graph))
+    for fed in compiled.graphs.values():
+        check_json_lines(fed.dataset, f"{fed.dataset_field}.path", _has_answers(fed.graph))
 
 
 def check_functions(loaded: LoadedExperiment) -> None:
     """Every function that a graph calls is in the experiment file, or ships with us. Raises `ConfigError`."""
-    compiled = loaded.compiled
-    graphs = [compiled.graph, *([compiled.evaluation.graph] if compiled.evaluation is not None else [])]
-    for name in dict.fromkeys(call.function.reward.function for graph in graphs for call in graph.function_calls):
+    calls = [call for fed in loaded.compiled.graphs.values() for call in fed.graph.function_calls]
+    for name in dict.fromkeys(call.function.reward.function for call in calls):
         resolve_reward(loaded.file, name)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
@@ -42,22 +42,21 @@ class Trainer:
         cadence: Cadence,
         server: Server,
         storage: Storage,
-        evaluator: Evaluator | None,
+        evaluators: Sequence[Evaluator],
         metrics: MetricsLog,
         progress: ProgressLine,
     ) -> None:
         self._compiled, self._cadence = compiled, cadence
-        self._evaluator, self._metrics, self._progress = evaluator, metrics, progress
-        self._executor = Executor(compiled.graph, compiled, server, storage)
-        self._stream = SampleStream(server, storage, compiled.graph.name, compiled.run.deadlines.call_s)
+        self._evaluators, self._metrics, self._progress = evaluators, metrics, progress
+        graph = compiled.training.graph
+        self._executor = Executor(graph, compiled, server, storage)
+        self._stream = SampleStream(server, storage, graph.name, compiled.run.deadlines.call_s)
         self._checkpoints = CheckpointFolder(compiled.run.path.resolve())
-        self._trained = {
-            call.name: call.model for call in compiled.graph.model_calls if call.kind is CallKind.TRAIN_STEP
-        }
+        self._trained = {call.name: call.model for call in graph.model_calls if call.kind is CallKind.TRAIN_STEP}
 
     async def run(self) -> None:
         """All steps. Every step that is due to be saved is saved before the next begins."""
-        batch_size = self._compiled.graph.batch_size
+        batch_size = self._compiled.training.graph.batch_size
         await self._evaluate(0)
         self._progress.start(self._cadence.num_steps)
         step = 0
@@ -82,20 +81,22 @@ class Trainer:
         return {call: Save(model=model, directory=directory) for call, model in self._trained.items()}
 
     async def _evaluate(self, step: int) -> None:
-        if self._evaluator is None or not self._cadence.evaluates_after(step):
+        if not self._evaluators or not self._cadence.evaluates_after(step):
             return
         start_s = time.perf_counter()
-        values = await self._evaluator.run()
+        values: dict[str, float] = {}
+        for evaluator in self._evaluators:
+            values |= await evaluator.run()
+            self._metrics.add_examples(step, "evaluation", evaluator.examples)
         values["seconds/evaluation"] = time.perf_counter() - start_s
         self._metrics.add(step, values)
-        self._metrics.add_examples(step, "evaluation", self._evaluator.examples)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("evaluation/"))
         logger.info("step %d: %s", step, shown)
         self._progress.note(f"after step {step}: {shown}")
-        target, loss = self._compiled.target_loss, values.get("evaluation/loss")
-        if target is not None and loss is not None and loss <= target and step + 1 < self._cadence.num_steps:
-            self._cadence = dataclasses.replace(self._cadence, num_steps=step + 1)
-            self._progress.note(f"evaluation/loss is down to target_loss ({target:g}): step {step + 1} is the last")
+        target, reward = self._compiled.run.target_reward, values.get("evaluation/reward")
+        if target is not None and reward is not None and reward >= target and step + 1 < self._cadence.num_steps:
+            self._cadence = replace(self._cadence, num_steps=step + 1)
+            self._progress.note(f"evaluation/reward reached target_reward ({target:g}): step {step + 1} is the last")
 
     def _report(self, step: int, traversal: Traversal, seconds: float) -> None:
         values = {

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..api.algorithms import Generation
 from ..api.batch import Samples
-from ..api.config import Dataset
 from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
+from ..api.experiments.base import FedGraph
 from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
 from ..api.sampling import Sampling
 from ..system.rpc.commands import (
@@ -100,7 +100,7 @@ class Handlers:
             case LoadModel():
                 return self._load_model(command.model)
             case OpenDataset():
-                return self._open_dataset(command.dataset)
+                return self._open_dataset(command.graph)
             case OpenFunction():
                 return self._open_function(command)
             case Fetch():
@@ -134,7 +134,7 @@ class Handlers:
             write_config(shard.stage, directory)
             model = shard.placed.model
             load_tokenizer(model.tokenizer_path, f"{shard.placed.field}.tokenizer").save_pretrained(str(directory))
-        return ShardFile(file=written.name, tensors=tuple(written.weight_map), size_bytes=written.total_size_bytes)
+        return ShardFile(file=written.name, tensors=written.tensors, size_bytes=written.total_size_bytes)
 
     def _load_model(self, role: str) -> ModelLoaded:
         failpoint("worker.load_model", self._context.rank)
@@ -145,12 +145,8 @@ class Handlers:
         return ModelLoaded(num_parameters=sum(parameter.numel() for parameter in shard.own_parameters()))
 
     def _open_dataset(self, name: str) -> DatasetOpened:
-        compiled = self._context.compiled
-        graph, dataset = compiled.graph, compiled.dataset
-        if compiled.evaluation is not None and name == compiled.evaluation.dataset_field:
-            graph, dataset = compiled.evaluation.graph, compiled.evaluation.dataset
-        source = self._source(name, graph, dataset)
-        self._sources[graph.name] = source
+        source = self._source(self._context.compiled.graphs[name])
+        self._sources[name] = source
         return DatasetOpened(
             num_sequences=len(source),
             num_tokens=int(source.lengths.sum()),
@@ -158,8 +154,8 @@ class Handlers:
             longest_id=source.longest_id,
         )
 
-    def _source(self, name: str, graph: Graph, dataset: Dataset) -> SequenceSource:
-        max_tokens, vocabulary = sys.maxsize, sys.maxsize
+    def _source(self, fed: FedGraph) -> SequenceSource:
+        graph, max_tokens, vocabulary = fed.graph, sys.maxsize, sys.maxsize
         for call in graph.model_calls:
             context, words = model_limits(self._context.compiled.models[call.model].model)
             grows = call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else 0
@@ -167,7 +163,7 @@ class Handlers:
             vocabulary = min(vocabulary, words)
         limits, seed = Limits(max_tokens, vocabulary), self._context.compiled.run.seed
         prompts_each = graph.sequences_per_row if "prompt" in graph.dataset_keys else None
-        return SequenceSource(name, dataset, self._tokenizer(graph), limits, seed, prompts_each)
+        return SequenceSource(fed.dataset_field, fed.dataset, self._tokenizer(graph), limits, seed, prompts_each)
 
     def _tokenizer(self, graph: Graph) -> PreTrainedTokenizerBase:
         """Of the graph's first model; all models of a graph read the same tokens."""
@@ -177,7 +173,7 @@ class Handlers:
         return tokenizer
 
     def _open_function(self, command: OpenFunction) -> Done:
-        graph = self._context.compiled.graph_named(command.graph)
+        graph = self._context.compiled.graphs[command.graph].graph
         call = graph.call(command.call)
         assert isinstance(call, FunctionCall), "the master opens function calls"
         self._functions[command.graph, command.call] = FunctionRunner(
@@ -198,7 +194,7 @@ class Handlers:
         return describe({key: [keys[key] for _, keys in sequences] for key in names}, [each for each, _ in sequences])
 
     def _call_model(self, command: CallModel) -> CallDone:
-        call = self._context.compiled.graph_named(command.graph).call(command.call)
+        call = self._context.compiled.graphs[command.graph].graph.call(command.call)
         assert isinstance(call, ModelFunctionCall), "the master calls models by their calls"
         failpoint(f"worker.{call.kind}", self._context.rank)
         shard = self._shards[call.model]

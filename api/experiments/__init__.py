@@ -1,6 +1,7 @@
 """One dataclass a recipe."""
 
-from .grpo import GRPO, GRPOEvaluation
+from .answers import AnswerEvaluation
+from .grpo import GRPO
 from .sft import SFT
 
-__all__ = ["GRPO", "SFT", "GRPOEvaluation"]
+__all__ = ["GRPO", "SFT", "AnswerEvaluation"]

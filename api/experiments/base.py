@@ -27,12 +27,13 @@ class PlacedModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationPlan:
-    """A graph of its own, that runs between steps over the whole of its own dataset."""
+class FedGraph:
+    """A graph and the dataset that feeds it."""
 
     graph: Graph
     dataset: Dataset
     dataset_field: str
+    """The experiment's field that holds the dataset, for error messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,27 +43,26 @@ class CompiledExperiment:
     run: RunOptions
     models: dict[str, PlacedModel]
     """By role."""
-    graph: Graph
-    dataset: Dataset
-    dataset_field: str
-    evaluation: EvaluationPlan | None = None
-    target_loss: float | None = None
-    """Of `evaluation/loss`: reached, the run ends with one more step."""
+    training: FedGraph
+    """Traversed once a step."""
+    evaluations: tuple[FedGraph, ...] = ()
+    """Each runs between steps, over the whole of its own dataset."""
 
-    def graph_named(self, name: str) -> Graph:
-        """The training or the evaluation graph."""
-        if self.evaluation is not None and self.evaluation.graph.name == name:
-            return self.evaluation.graph
-        assert self.graph.name == name, f"the experiment has no graph {name}"
-        return self.graph
+    @property
+    def graphs(self) -> dict[str, FedGraph]:
+        """By name."""
+        return {fed.graph.name: fed for fed in (self.training, *self.evaluations)}
 
     @property
     def num_workers(self) -> int:
         return max(placed.ranks.stop for placed in self.models.values())
 
 
-def check_run(run: RunOptions, num_workers: int, has_evaluation: bool) -> None:
-    """What every recipe asks of its run options. Raises `ConfigError`."""
+def check_run(run: RunOptions, num_workers: int, has_evaluation: bool, has_reward: bool) -> None:
+    """What every recipe asks of its run options. Raises `ConfigError`.
+
+    `has_evaluation` and `has_reward`: whether anything is evaluated between steps, and whether by a reward.
+    """
     if run.workers is not None and run.workers != num_workers:
         raise ConfigError(
             "run.workers",
@@ -76,6 +76,13 @@ def check_run(run: RunOptions, num_workers: int, has_evaluation: bool) -> None:
             run.evaluate_every,
             "there is nothing to evaluate on",
             "give `evaluation` a dataset, or leave run.evaluate_every out",
+        )
+    if run.target_reward is not None and (run.evaluate_every is None or not has_reward):
+        raise ConfigError(
+            "run.target_reward",
+            run.target_reward,
+            "it is compared with evaluation/reward, which nothing takes between steps",
+            "set run.evaluate_every, and evaluate answers with a reward",
         )
 
 

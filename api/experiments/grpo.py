@@ -12,7 +12,6 @@ from dataclasses import field
 from pydantic import NonNegativeFloat, PositiveInt
 
 from ..algorithms import (
-    Generation,
     KLEstimator,
     LogProbabilities,
     LossNormalisation,
@@ -25,25 +24,10 @@ from ..graph import Call, CallKind, FunctionCall, Graph, Microbatching, ModelFun
 from ..record import record
 from ..rewards import Reward
 from ..sampling import Sampling
-from .base import CompiledExperiment, EvaluationPlan, PlacedModel, check_run
+from .answers import PROMPT_KEYS, AnswerEvaluation, generate_call
+from .base import CompiledExperiment, FedGraph, PlacedModel, check_run
 
 ACTOR, REFERENCE = "actor", "reference"
-PROMPT_KEYS = ("prompt",)
-RESPONSE_KEYS = ("tokens", "loss_mask", "log_probabilities", "versions")
-
-
-@record
-class GRPOEvaluation:
-    """Held-out prompts, answered and scored between steps: `evaluation/reward` is the mean."""
-
-    dataset: Dataset
-    """The prompts."""
-    reward: Reward
-    """How answers are scored."""
-    sampling: Sampling
-    """How they are drawn; `temperature=0` takes the likeliest token each time."""
-    batch_size: PositiveInt = 256
-    """Prompts that are answered together."""
 
 
 @record
@@ -65,8 +49,8 @@ class GRPO:
     """Where the KL penalty pulls to; by default the actor's own start, laid out like it."""
     reference_apart: bool = False
     """Whether the reference has workers of its own; otherwise it shares the actor's."""
-    evaluation: GRPOEvaluation | None = None
-    """Held-out prompts."""
+    evaluation: AnswerEvaluation | None = None
+    """Held-out prompts that the actor answers: the mean reward is reported as `evaluation/reward`."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """How the actor is trained."""
     batch_size: PositiveInt = 32
@@ -135,7 +119,12 @@ class GRPO:
                 "there is no reference while kl_coefficient is 0",
                 "raise it, or leave this out",
             )
-        check_run(self.run, self._num_workers, has_evaluation=self.evaluation is not None)
+        if self.clip_low >= 1:
+            raise ConfigError(
+                "clip_low", self.clip_low, "a probability ratio is never negative", "use a value below 1, such as 0.2"
+            )
+        has_evaluation = self.evaluation is not None
+        check_run(self.run, self._num_workers, has_evaluation=has_evaluation, has_reward=has_evaluation)
 
     @property
     def _reference(self) -> Model | None:
@@ -158,26 +147,20 @@ class GRPO:
                 field="actor" if self.reference is None else "reference",
                 first_rank=self.actor.layout.num_workers if self.reference_apart else 0,
             )
-        evaluation = None
+        evaluations: tuple[FedGraph, ...] = ()
         if self.evaluation is not None:
-            evaluation = EvaluationPlan(
-                graph=self._evaluation_graph(self.evaluation),
-                dataset=self.evaluation.dataset,
-                dataset_field="evaluation.dataset",
-            )
+            evaluations = (self.evaluation.feed("evaluation", ACTOR, self.actor, self.microbatch_tokens),)
         return CompiledExperiment(
             run=self.run,
             models=models,
-            graph=self._training_graph(),
-            dataset=self.prompts,
-            dataset_field="prompts",
-            evaluation=evaluation,
+            training=FedGraph(graph=self._training_graph(), dataset=self.prompts, dataset_field="prompts"),
+            evaluations=evaluations,
         )
 
     def _training_graph(self) -> Graph:
         num_sequences = self.batch_size * self.group_size
         calls: list[Call] = [
-            _generate(ACTOR, self.actor, self.sampling, num_sequences, self.microbatch_tokens),
+            generate_call(ACTOR, self.actor, self.sampling, num_sequences, self.microbatch_tokens),
             FunctionCall(
                 name="reward",
                 function=RewardFunction(
@@ -229,29 +212,3 @@ class GRPO:
             )
         )
         return Graph("grpo", tuple(calls), PROMPT_KEYS, sequences_per_row=self.group_size)
-
-    def _evaluation_graph(self, evaluation: GRPOEvaluation) -> Graph:
-        size = evaluation.batch_size
-        score = FunctionCall(
-            name="score",
-            function=RewardFunction(reward=evaluation.reward, has_advantages=False),
-            inputs=("tokens", "loss_mask"),
-            outputs=("reward",),
-            batch_size=size,
-        )
-        answer = _generate(ACTOR, self.actor, evaluation.sampling, size, self.microbatch_tokens)
-        return Graph("evaluation", (answer, score), PROMPT_KEYS)
-
-
-def _generate(role: str, model: Model, sampling: Sampling, batch_size: int, max_tokens: int) -> ModelFunctionCall:
-    return ModelFunctionCall(
-        name="generate",
-        model=role,
-        kind=CallKind.GENERATE,
-        settings=Generation(sampling=sampling),
-        inputs=PROMPT_KEYS,
-        outputs=RESPONSE_KEYS,
-        batch_size=batch_size,
-        minibatch_size=batch_size,
-        microbatching=Microbatching(max_tokens=max_tokens, min_count=model.layout.pp),
-    )

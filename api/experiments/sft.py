@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 
 from ..algorithms import SupervisedLoss
 from ..config import Dataset, Model, Optimizer, RunOptions
 from ..errors import ConfigError
 from ..graph import CallKind, Graph, Microbatching, ModelFunctionCall
 from ..record import record
-from .base import CompiledExperiment, EvaluationPlan, PlacedModel, check_run
+from .answers import AnswerEvaluation
+from .base import CompiledExperiment, FedGraph, PlacedModel, check_run
 
 MODEL = "model"
 KEYS = ("tokens", "loss_mask")
@@ -35,6 +36,8 @@ class SFT:
     """What it is trained on."""
     evaluation: Dataset | None = None
     """Held-out rows: the mean loss over all of them is reported as `evaluation/loss`."""
+    answers: AnswerEvaluation | None = None
+    """Held-out prompts that the model answers: the mean reward is reported as `evaluation/reward`."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """How it is trained."""
     batch_size: PositiveInt = 32
@@ -43,8 +46,6 @@ class SFT:
     """Sequences an optimizer step; by default the whole batch. `batch_size` must be a multiple of it."""
     microbatch_tokens: PositiveInt = 4096
     """The most tokens in one pipeline slot. It bounds the memory of activations."""
-    target_loss: PositiveFloat | None = None
-    """End the run early, once `evaluation/loss` is at or below this: one more step is taken, and saved."""
     run: RunOptions = field(default_factory=lambda: RunOptions(name="sft"))
     """Name, length, seed, cadence."""
 
@@ -61,14 +62,12 @@ class SFT:
             raise ConfigError(
                 "minibatch_size", size, f"must be at least model.layout.dp ({dp})", "raise it, or lower model.layout.dp"
             )
-        if self.target_loss is not None and self.run.evaluate_every is None:
-            raise ConfigError(
-                "target_loss",
-                self.target_loss,
-                "it is compared with evaluation/loss, which is not taken between steps",
-                "set run.evaluate_every and give `evaluation` a dataset",
-            )
-        check_run(self.run, self.model.layout.num_workers, has_evaluation=self.evaluation is not None)
+        check_run(
+            self.run,
+            self.model.layout.num_workers,
+            has_evaluation=self.evaluation is not None or self.answers is not None,
+            has_reward=self.answers is not None,
+        )
 
     @property
     def resolved_minibatch_size(self) -> int:
@@ -87,7 +86,7 @@ class SFT:
             minibatch_size=self.resolved_minibatch_size,
             microbatching=microbatching,
         )
-        evaluation = None
+        evaluations = []
         if self.evaluation is not None:
             evaluate = ModelFunctionCall(
                 name="evaluate",
@@ -99,15 +98,13 @@ class SFT:
                 minibatch_size=self.batch_size,
                 microbatching=microbatching,
             )
-            evaluation = EvaluationPlan(
-                graph=Graph("evaluation", (evaluate,), KEYS), dataset=self.evaluation, dataset_field="evaluation"
-            )
+            graph = Graph("evaluation", (evaluate,), KEYS)
+            evaluations.append(FedGraph(graph=graph, dataset=self.evaluation, dataset_field="evaluation"))
+        if self.answers is not None:
+            evaluations.append(self.answers.feed("answers", MODEL, self.model, self.microbatch_tokens))
         return CompiledExperiment(
             run=self.run,
             models={MODEL: PlacedModel(model=self.model, optimizer=self.optimizer, field="model")},
-            graph=Graph("sft", (train,), KEYS),
-            dataset=self.dataset,
-            dataset_field="dataset",
-            evaluation=evaluation,
-            target_loss=self.target_loss,
+            training=FedGraph(graph=Graph("sft", (train,), KEYS), dataset=self.dataset, dataset_field="dataset"),
+            evaluations=tuple(evaluations),
         )

@@ -6,22 +6,23 @@ trainmaster run examples/arithmetic/grpo.py --actor.path runs/arithmetic-sft/che
 from pathlib import Path
 
 import task
-from trainmaster import GRPO, Dataset, GRPOEvaluation, Layout, Model, Optimizer, Reward, RunOptions, Sampling
+from trainmaster import GRPO, AnswerEvaluation, Dataset, Layout, Model, Optimizer, Reward, RunOptions, Sampling
 
 experiment = GRPO(
     actor=Model(path=Path("runs/arithmetic-sft/checkpoints/step-400"), layout=Layout(pp=2)),
     prompts=Dataset(path=task.TRAIN),
     reward=Reward(function="exact_match"),
     sampling=Sampling(max_new_tokens=5),
-    evaluation=GRPOEvaluation(
+    evaluation=AnswerEvaluation(
         dataset=Dataset(path=task.HELD_OUT),
         reward=Reward(function="exact_match"),
-        sampling=Sampling(max_new_tokens=5, temperature=0.0),
+        sampling=Sampling(max_new_tokens=5),
     ),
-    optimizer=Optimizer(learning_rate=2e-4, warmup_steps=5),
+    optimizer=Optimizer(learning_rate=2e-4, warmup_steps=10),
     batch_size=64,
     group_size=8,
-    kl_coefficient=0.01,
+    minibatches=2,
+    kl_coefficient=0.001,
     microbatch_tokens=2048,
     run=RunOptions(name="arithmetic-grpo", steps=100, evaluate_every=25),
 )

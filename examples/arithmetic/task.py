@@ -1,6 +1,7 @@
-"""Two-digit addition, the answer's digits reversed (`12+34=` -> `64`): a task that a tiny model learns in minutes.
+"""Two-digit addition, the answer's digits reversed (`07+35=` -> `240`): a task that a tiny model learns in a minute.
 
-Reversed, because a model that writes from left to right then meets the carry in the order in which it arises.
+Reversed, because a model that writes from left to right then meets the carry in the order in which it arises; with
+leading zeros, because every digit then has a place of its own.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "generated"
 TRAIN, HELD_OUT, TOKENIZER = FOLDER / "train.jsonl", FOLDER / "held_out.jsonl", FOLDER / "tokenizer"
 CHARACTERS = "0123456789+= "
-NUM_HELD_OUT = 200
+NUM_HELD_OUT = 400
 MODEL = {
     "model_type": "qwen3",
     "vocab_size": 16,
     "hidden_size": 128,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
+    "initializer_range": 0.06,
     "bos_token_id": None,
     "eos_token_id": 1,
     "pad_token_id": 0,
@@ -46,7 +48,7 @@ def write_all() -> None:
 
 
 def _write_rows(path: Path, problems: list[tuple[int, int]]) -> None:
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)[::-1]} for a, b in problems]
+    rows = [{"prompt": f"{a:02}+{b:02}=", "answer": f"{a + b:03}"[::-1]} for a, b in problems]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -85,10 +85,10 @@ class LoadModel:
 
 @record
 class OpenDataset:
-    """Read a dataset of the experiment (`dataset`, `evaluation`), tokenise it, and check every sequence."""
+    """Read the dataset of a graph, tokenise it, and check every sequence."""
 
     type: Literal["open_dataset"] = "open_dataset"
-    dataset: str
+    graph: str
 
 
 @record

@@ -11,7 +11,7 @@ from workbench import TINY_MODEL, Workbench
 EXPERIMENT = """
 from pathlib import Path
 
-from trainmaster import GRPO, Dataset, GRPOEvaluation, Model, Optimizer, Reward, RunOptions, Sampling
+from trainmaster import GRPO, Dataset, AnswerEvaluation, Model, Optimizer, Reward, RunOptions, Sampling
 
 here = Path(__file__).parent
 experiment = GRPO(
@@ -19,7 +19,7 @@ experiment = GRPO(
     prompts=Dataset(path=here / "train.jsonl"),
     reward=Reward(function="count_ones", timeout_s=1.0),
     sampling=Sampling(max_new_tokens=6),
-    evaluation=GRPOEvaluation(
+    evaluation=AnswerEvaluation(
         dataset=Dataset(path=here / "held_out.jsonl"),
         reward=Reward(function="count_ones"),
         sampling=Sampling(max_new_tokens=6, temperature=0.0),

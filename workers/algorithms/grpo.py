@@ -71,7 +71,8 @@ class GroupRelativePolicy:
         keys, settings = microbatch.keys, self.settings
         positions = predicted_positions(keys["loss_mask"], microbatch.packed)  # [n]
         if len(positions) == 0:
-            self._record(statistics, *(hidden.new_zeros(0) for _ in range(5)))
+            statistics.add("loss", 0.0, self.weight(microbatch))
+            self._record(statistics, *(hidden.new_zeros(0) for _ in range(4)))
             return zero_connected(hidden)
         now, entropy = chosen_log_probabilities(stage, hidden, microbatch.tokens, positions, settings.temperature)
         sequence = torch.bucketize(positions, microbatch.packed.cu_seqlens[1:].long(), right=True)  # [n], of S
@@ -86,22 +87,21 @@ class GroupRelativePolicy:
             kl = kl_divergence(now, keys["reference_log_probabilities"][positions], settings.kl_estimator)
             loss = loss + settings.kl_coefficient * kl
         is_clipped = (clipped * advantage < ratio * advantage).float()
-        self._record(statistics, loss, kl, entropy, is_clipped, -log_ratio)
+        self._record(statistics, kl, entropy, is_clipped, -log_ratio)
         if settings.normalisation is LossNormalisation.SEQUENCE:
             lengths = torch.bincount(sequence, minlength=len(microbatch.packed.seqlens))
             loss = loss / lengths[sequence]
-        return loss.sum()
+        total = loss.sum()
+        statistics.add("loss", total, self.weight(microbatch))  # what is minimised, whatever it is a mean over
+        return total
 
-    def _record(
-        self, statistics: Statistics, loss: Tensor, kl: Tensor, entropy: Tensor, clipped: Tensor, drift: Tensor
-    ) -> None:
+    def _record(self, statistics: Statistics, kl: Tensor, entropy: Tensor, clipped: Tensor, drift: Tensor) -> None:
         """Means over response tokens; `sampler_kl` is k1 of the sampling policy against the trained one."""
-        statistics.add("loss", loss.sum(), len(loss))
-        statistics.add("entropy", entropy.sum(), len(loss))
-        statistics.add("clip_fraction", clipped.sum(), len(loss))
-        statistics.add("sampler_kl", drift.sum(), len(loss))
+        statistics.add("entropy", entropy.sum(), len(entropy))
+        statistics.add("clip_fraction", clipped.sum(), len(entropy))
+        statistics.add("sampler_kl", drift.sum(), len(entropy))
         if self.settings.kl_coefficient > 0:
-            statistics.add("kl", kl.sum(), len(loss))
+            statistics.add("kl", kl.sum(), len(entropy))
 
 
 @dataclass(frozen=True, slots=True)

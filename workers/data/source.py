@@ -90,13 +90,16 @@ class SequenceSource:
     def _check(self, longest: int, limits: Limits) -> None:
         field, path = f"{self.name}.path", self._dataset.path
         if self.lengths[longest] > limits.tokens:
+            is_answered = self._prompts_each is not None
             raise DataError(
                 field,
                 f"{path}:{self._rows[longest]['line']}",
                 f"this sequence has {self.lengths[longest]} tokens, over the limit of {limits.tokens} "
                 "(the smaller of the model's context and microbatch_tokens"
-                + (")" if self._prompts_each is None else ", less sampling.max_new_tokens)"),
-                "shorten or remove the row, raise microbatch_tokens, or take a model with a longer context",
+                + (", less sampling.max_new_tokens)" if is_answered else ")"),
+                "shorten or remove the row, "
+                + ("lower sampling.max_new_tokens, " if is_answered else "")
+                + "raise microbatch_tokens, or take a model with a longer context",
             )
         highest = np.asarray(self._rows["highest_token"])
         outside = np.flatnonzero(highest >= limits.vocabulary)

@@ -27,8 +27,8 @@ class StageFile:
 
     name: str
     """The file, within the directory."""
-    weight_map: dict[str, str]
-    """Name of each tensor -> name of its file."""
+    tensors: tuple[str, ...]
+    """Their names in the checkpoint."""
     total_size_bytes: int
     """Of the tensors."""
 
@@ -44,7 +44,7 @@ def write_stage(stage: Stage, directory: Path) -> StageFile:
     sync(directory / name)
     sync(directory)
     return StageFile(
-        name=name, weight_map=dict.fromkeys(tensors, name), total_size_bytes=sum(t.nbytes for t in tensors.values())
+        name=name, tensors=tuple(tensors), total_size_bytes=sum(tensor.nbytes for tensor in tensors.values())
     )
 
 

@@ -3,7 +3,8 @@ import trainmaster
 from trainmaster.api.algorithms import Generation, KLEstimator, LogProbabilities, LossNormalisation, PolicyLoss
 from trainmaster.api.config import Dataset, Layout, Model, Optimizer, RunOptions
 from trainmaster.api.errors import ConfigError
-from trainmaster.api.experiments.grpo import GRPO, GRPOEvaluation
+from trainmaster.api.experiments.answers import AnswerEvaluation
+from trainmaster.api.experiments.grpo import GRPO
 from trainmaster.api.functions import RewardFunction
 from trainmaster.api.graph import DATASET, CallKind, Microbatching
 from trainmaster.api.rewards import Reward
@@ -12,7 +13,7 @@ from trainmaster.api.sampling import Sampling
 ACTOR = Model(path="m", layout=Layout(dp=2, pp=3))
 OTHER = Model(path="r", layout=Layout(dp=1, pp=2))
 REWARD = Reward(function="number_match")
-EVALUATION = GRPOEvaluation(
+EVALUATION = AnswerEvaluation(
     dataset=Dataset(path="e"),
     reward=Reward(function="exact_match"),
     sampling=Sampling(max_new_tokens=9, temperature=0.0),
@@ -54,6 +55,15 @@ def edges(graph) -> dict[tuple[str, str], tuple[str, ...]]:
         ({"run": RunOptions(evaluate_every=2)}, r"run\.evaluate_every = 2: there is nothing to evaluate on"),
         ({"clip_low": -0.1}, r"GRPO\.clip_low = -0\.1: input should be greater than or equal to 0"),
         ({"kl_estimator": "k4"}, r"GRPO\.kl_estimator = 'k4': input should be 'k1', 'k2' or 'k3'"),
+        ({"clip_low": 1.0}, r"clip_low = 1\.0: a probability ratio is never negative\. Use a value below 1"),
+        (
+            {"run": RunOptions(target_reward=0.5, evaluate_every=2)},
+            r"run\.evaluate_every = 2: there is nothing to evaluate on",
+        ),
+        (
+            {"run": RunOptions(target_reward=0.5), "evaluation": EVALUATION},
+            r"run\.target_reward = 0\.5: it is compared with evaluation/reward.* Set run\.evaluate_every",
+        ),
         ({"clip": 0.2}, r"GRPO\.clip = 0\.2: GRPO has no such field"),
     ],
 )
@@ -90,8 +100,8 @@ def test_the_number_of_workers_agrees_with_the_layouts(fields, workers):
 def test_without_a_penalty_it_compiles_to_three_calls():
     optimizer = Optimizer(learning_rate=0.1)
     compiled = grpo(optimizer=optimizer).compile()
-    assert [call.name for call in compiled.graph.calls] == ["generate", "reward", "train"]
-    assert edges(compiled.graph) == {
+    assert [call.name for call in compiled.training.graph.calls] == ["generate", "reward", "train"]
+    assert edges(compiled.training.graph) == {
         (DATASET, "generate"): ("prompt",),
         ("generate", "reward"): ("tokens", "loss_mask"),
         ("generate", "train"): ("tokens", "loss_mask", "log_probabilities"),
@@ -100,14 +110,15 @@ def test_without_a_penalty_it_compiles_to_three_calls():
     assert set(compiled.models) == {"actor"}
     placed = compiled.models["actor"]
     assert (placed.model, placed.optimizer, placed.field, placed.ranks) == (ACTOR, optimizer, "actor", range(6))
-    assert (compiled.dataset_field, compiled.dataset.path.name, compiled.evaluation) == ("prompts", "p", None)
-    assert compiled.graph_named("grpo") is compiled.graph
+    assert (compiled.training.dataset_field, compiled.training.dataset.path.name) == ("prompts", "p")
+    assert compiled.evaluations == ()
+    assert compiled.graphs == {"grpo": compiled.training}
 
 
 def test_with_a_penalty_the_reference_reads_responses_and_the_actor_reads_it():
     compiled = grpo(kl_coefficient=0.1).compile()
-    assert [call.name for call in compiled.graph.calls] == ["generate", "reference", "reward", "train"]
-    assert edges(compiled.graph) == {
+    assert [call.name for call in compiled.training.graph.calls] == ["generate", "reference", "reward", "train"]
+    assert edges(compiled.training.graph) == {
         (DATASET, "generate"): ("prompt",),
         ("generate", "reward"): ("tokens", "loss_mask"),
         ("generate", "reference"): ("tokens", "loss_mask"),
@@ -132,13 +143,13 @@ def test_the_reference_is_placed_and_never_trained(fields, model, field, ranks):
     placed = compiled.models["reference"]
     assert (placed.model, placed.field, placed.ranks, placed.optimizer) == (model, field, ranks, None)
     assert compiled.models["actor"].ranks == range(6)
-    call = compiled.graph.call("reference")
+    call = compiled.training.graph.call("reference")
     assert call.kind is CallKind.INFERENCE
     assert call.microbatching.min_count == model.layout.pp
 
 
 def test_each_call_has_its_settings():
-    graph = grpo(
+    compiled = grpo(
         kl_coefficient=0.1,
         kl_estimator=KLEstimator.K2,
         clip_low=0.1,
@@ -148,7 +159,7 @@ def test_each_call_has_its_settings():
         drop_zero_variance=True,
     ).compile()
     generate, reference, reward, train = (
-        graph.graph.call(name) for name in ("generate", "reference", "reward", "train")
+        compiled.training.graph.call(name) for name in ("generate", "reference", "reward", "train")
     )
     assert generate.settings == Generation(sampling=grpo().sampling)
     assert generate.outputs == ("tokens", "loss_mask", "log_probabilities", "versions")
@@ -168,7 +179,7 @@ def test_each_call_has_its_settings():
 
 def test_sizes_count_responses_and_rows_count_prompts():
     compiled = grpo(kl_coefficient=0.1, minibatches=3, passes=2, microbatch_tokens=99).compile()
-    graph = compiled.graph
+    graph = compiled.training.graph
     assert (graph.sequences_per_row, graph.batch_size) == (4, 6)
     assert {call.name: call.batch_size for call in graph.calls} == dict.fromkeys(
         ("generate", "reference", "reward", "train"), 24
@@ -180,7 +191,7 @@ def test_sizes_count_responses_and_rows_count_prompts():
 
 def test_the_evaluation_answers_each_prompt_once_and_scores_it():
     compiled = grpo(evaluation=EVALUATION, microbatch_tokens=99).compile()
-    plan = compiled.evaluation
+    (plan,) = compiled.evaluations
     assert plan is not None
     assert (plan.dataset, plan.dataset_field) == (EVALUATION.dataset, "evaluation.dataset")
     assert [call.name for call in plan.graph.calls] == ["generate", "score"]
@@ -191,11 +202,11 @@ def test_the_evaluation_answers_each_prompt_once_and_scores_it():
     assert (generate.minibatch_size, generate.microbatching) == (48, Microbatching(max_tokens=99, min_count=3))
     assert score.function == RewardFunction(reward=EVALUATION.reward, has_advantages=False)
     assert score.outputs == ("reward",)
-    assert compiled.graph_named("evaluation") is plan.graph
+    assert compiled.graphs["evaluation"] is plan
 
 
 def test_whatever_a_user_writes_it_with_is_public():
-    names = {"GRPO", "GRPOEvaluation", "KLEstimator", "LossNormalisation", "OnFailure", "Reward", "Sampling"}
+    names = {"GRPO", "AnswerEvaluation", "KLEstimator", "LossNormalisation", "OnFailure", "Reward", "Sampling"}
     assert names <= set(trainmaster.__all__)
     for name in names:
         assert getattr(trainmaster, name).__name__ == name

@@ -1,11 +1,18 @@
 from pathlib import Path
 
 import pytest
-from trainmaster.api.algorithms import SupervisedLoss
+from trainmaster.api.algorithms import Generation, SupervisedLoss
 from trainmaster.api.config import Dataset, Layout, Model, Optimizer, RunOptions
 from trainmaster.api.errors import ConfigError
+from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.sft import SFT
 from trainmaster.api.graph import CallKind, Microbatching
+from trainmaster.api.rewards import Reward
+from trainmaster.api.sampling import Sampling
+
+ANSWERS = AnswerEvaluation(
+    dataset=Dataset(path="a"), reward=Reward(function="exact_match"), sampling=Sampling(max_new_tokens=3)
+)
 
 
 def sft(**fields) -> SFT:
@@ -45,7 +52,7 @@ def test_an_evaluation_cadence_needs_an_evaluation_dataset():
 def test_it_compiles_to_one_training_call():
     optimizer = Optimizer(learning_rate=0.1)
     compiled = sft(batch_size=12, minibatch_size=4, microbatch_tokens=99, optimizer=optimizer).compile()
-    (call,) = compiled.graph.calls
+    (call,) = compiled.training.graph.calls
     assert (call.name, call.model, call.kind, call.settings) == (
         "train",
         "model",
@@ -53,21 +60,31 @@ def test_it_compiles_to_one_training_call():
         SupervisedLoss(),
     )
     assert (call.inputs, call.outputs) == (("tokens", "loss_mask"), ())
-    assert (call.batch_size, call.minibatch_size, compiled.graph.batch_size) == (12, 4, 12)
+    assert (call.batch_size, call.minibatch_size, compiled.training.graph.batch_size) == (12, 4, 12)
     assert call.microbatching == Microbatching(max_tokens=99, min_count=3)
     assert compiled.models["model"].optimizer == optimizer
     assert compiled.models["model"].ranks == range(6)
-    assert (compiled.num_workers, compiled.dataset_field, compiled.evaluation) == (6, "dataset", None)
+    assert (compiled.num_workers, compiled.training.dataset_field, compiled.evaluations) == (6, "dataset", ())
 
 
-def test_with_an_evaluation_dataset_it_compiles_to_two_graphs():
-    compiled = sft(batch_size=12, minibatch_size=4, evaluation=Dataset(path="e")).compile()
-    assert compiled.evaluation is not None
-    (call,) = compiled.evaluation.graph.calls
+def test_each_evaluation_is_a_graph_of_its_own():
+    compiled = sft(batch_size=12, minibatch_size=4, evaluation=Dataset(path="e"), answers=ANSWERS).compile()
+    assert list(compiled.graphs) == ["sft", "evaluation", "answers"]
+    loss, answers = compiled.evaluations
+    (call,) = loss.graph.calls
     assert (call.name, call.kind, call.batch_size, call.minibatch_size) == ("evaluate", CallKind.INFERENCE, 12, 12)
-    assert (compiled.evaluation.dataset_field, compiled.evaluation.dataset.path) == ("evaluation", Path("e"))
+    assert (loss.dataset_field, loss.dataset.path) == ("evaluation", Path("e"))
+    assert [call.name for call in answers.graph.calls] == ["generate", "score"]
+    assert answers.graph.call("generate").settings == Generation(sampling=ANSWERS.sampling)
+    assert (answers.dataset_field, answers.dataset.path) == ("answers.dataset", Path("a"))
 
 
-def test_a_target_loss_needs_evaluations_between_steps():
-    with pytest.raises(ConfigError, match=r"target_loss = 0\.5: it is compared with evaluation/loss.*Set run"):
-        sft(target_loss=0.5)
+def test_a_target_reward_needs_answers_between_steps():
+    run = RunOptions(target_reward=0.5, evaluate_every=2)
+    assert sft(run=run, answers=ANSWERS).run.target_reward == 0.5
+    for fields in (
+        {"run": run, "evaluation": Dataset(path="e")},
+        {"run": RunOptions(target_reward=0.5), "answers": ANSWERS},
+    ):
+        with pytest.raises(ConfigError, match=r"run\.target_reward = 0\.5: it is compared with evaluation/reward.*Set"):
+            sft(**fields)

@@ -77,7 +77,7 @@ commands = st.one_of(
     st.just(HostStore()),
     st.builds(JoinGroups, store_host=text, store_port=integers),
     st.builds(LoadModel, model=text),
-    st.builds(OpenDataset, dataset=text),
+    st.builds(OpenDataset, graph=text),
     st.builds(OpenFunction, graph=text, call=text),
     st.builds(Fetch, graph=text, start=counts, count=counts),
     st.builds(CallFunction, graph=text, call=text, samples=samples),

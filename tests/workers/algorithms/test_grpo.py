@@ -47,7 +47,7 @@ class Reference:
     tokens: int = 0
     num_clipped_low: int = 0
     num_clipped_high: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*NAMES, "kl"), 0.0))
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*NAMES - {"loss"}, "kl"), 0.0))
 
 
 def reference(twin, chosen, settings: PolicyLoss) -> Reference:
@@ -83,7 +83,6 @@ def reference(twin, chosen, settings: PolicyLoss) -> Reference:
             loss = settings.kl_coefficient * kl - gain
             own = own + loss
             made.tokens += 1
-            made.sums["loss"] += loss.item()
             made.sums["kl"] += kl.item()
             made.sums["sampler_kl"] += math.log(q) - log_p.item()
             made.sums["entropy"] += -sum(x.exp().item() * x.item() for x in table[at - 1])
@@ -134,6 +133,8 @@ def test_loss_gradients_and_statistics_equal_the_equations(
     assert loss == pytest.approx(wanted.loss.item(), rel=1e-4, abs=1e-5)
     twin.assert_gradients_are_equal()
     assert set(statistics) == (NAMES | {"kl"} if kl_coefficient else NAMES)
+    reported = statistics.pop("loss")
+    assert reported.total / reported.weight == pytest.approx(loss, rel=1e-5), "what is reported is what is minimised"
     for name, mean in statistics.items():
         assert mean.weight == wanted.tokens
         assert mean.total == pytest.approx(wanted.sums[name], rel=1e-4, abs=1e-4), name
@@ -188,11 +189,14 @@ def test_weights_count_responses_or_their_tokens(twin, normalisation):
     assert algorithm.weight(twin.microbatch((3,))) == (1.0 if is_by_sequence else 0.0)
 
 
+@pytest.mark.parametrize("normalisation", LossNormalisation)
 @pytest.mark.parametrize("kl_coefficient", [0.0, 0.5])
-def test_a_microbatch_without_responses_still_has_gradients_and_statistics(with_policies, kl_coefficient):
+def test_a_microbatch_without_responses_still_has_gradients_and_statistics(
+    with_policies, kl_coefficient, normalisation
+):
     twin, statistics = with_policies(1.0), Statistics(CPU)
     microbatch = twin.microbatch((3,))
-    algorithm = GroupRelativePolicy(policy(kl_coefficient=kl_coefficient))
+    algorithm = GroupRelativePolicy(policy(kl_coefficient=kl_coefficient, normalisation=normalisation))
     loss = algorithm.loss(twin.stage, twin.hidden(microbatch), microbatch, statistics)
     loss.backward()
     assert loss.item() == 0.0
@@ -201,6 +205,8 @@ def test_a_microbatch_without_responses_still_has_gradients_and_statistics(with_
     )
     merged = statistics.merged(None)  # every replica reduces the same names
     assert set(merged) == (NAMES | {"kl"} if kl_coefficient else NAMES)
+    loss_mean = merged.pop("loss")
+    assert (loss_mean.total, loss_mean.weight) == (0.0, normalisation is LossNormalisation.SEQUENCE)
     assert {(mean.total, mean.weight) for mean in merged.values()} == {(0.0, 0.0)}
 
 

@@ -33,10 +33,11 @@ def source(
     seed: int = 0,
     max_tokens: int = 1000,
     vocabulary: int | None = None,
+    prompts_each: int | None = None,
     **fields,
 ) -> SequenceSource:
     limits = Limits(tokens=max_tokens, vocabulary=len(tokenizer) if vocabulary is None else vocabulary)
-    return SequenceSource(name, Dataset(path=path, **fields), tokenizer, limits, seed)
+    return SequenceSource(name, Dataset(path=path, **fields), tokenizer, limits, seed, prompts_each)
 
 
 def places(made: SequenceSource, start: int, count: int) -> list[tuple[int, int]]:
@@ -120,6 +121,14 @@ def test_a_sequence_over_the_limit_is_named_by_file_and_line(tmp_path: Path, mak
         DataError, match=r"dataset\.path = '.*rows\.jsonl:3': this sequence has 8 tokens, over the limit of 7 .*Shorten"
     ):
         source(path, make_tokenizer(), max_tokens=7)
+
+
+def test_a_prompt_that_leaves_no_room_for_its_response_may_be_cured_by_a_shorter_one(tmp_path: Path, make_tokenizer):
+    path = write(tmp_path, [{"prompt": "aaaa", "answer": "b"}])
+    with pytest.raises(
+        DataError, match=r"4 tokens, .* less sampling\.max_new_tokens\)\. .* lower sampling\.max_new_tok"
+    ):
+        source(path, make_tokenizer(), max_tokens=-36, prompts_each=2)
 
 
 def test_a_token_that_the_model_does_not_have_is_named_by_file_and_line(tmp_path: Path, make_tokenizer):

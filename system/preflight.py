@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any  # the values of a config are transformers' own
 
+from ..api.algorithms import Generation
 from ..api.config import Model
 from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
-from ..api.experiments.base import CompiledExperiment
+from ..api.experiments.base import CompiledExperiment, FedGraph
 from ..api.graph import Graph
 from ..api.json_lines import check_json_lines
 from ..api.rewards import resolve_reward
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """How transformers' configs name the number of layers."""
+_CONTEXTS = ("max_position_embeddings", "n_positions")
+"""How they name the longest sequence."""
 
 
 def check_files(compiled: CompiledExperiment) -> None:
-    """Datasets are readable and whole, models and tokenizers are there, stages are not more than layers.
+    """Datasets are readable and whole, models and tokenizers are there; layers and contexts are enough for what is asked.
 
     Raises `ConfigError` for the first that is not.
     """
-    for placed in compiled.models.values():
-        _check_model(placed.model, placed.field)
+    configs = {role: _check_model(placed.model, placed.field) for role, placed in compiled.models.items()}
     for fed in compiled.graphs.values():
         check_json_lines(fed.dataset, f"{fed.dataset_field}.path", _has_answers(fed.graph))
+        _check_room(fed, configs)
 
 
 def check_functions(loaded: LoadedExperiment) -> None:
@@ -58,6 +63,24 @@ def claim_run_directory(path: Path) -> None:
         ) from None
 
 
+def _check_room(fed: FedGraph, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether a prompt of one token and the longest response fit in."""
+    owner, _, _ = fed.dataset_field.rpartition("dataset")
+    for call in fed.graph.model_calls:
+        if not isinstance(call.settings, Generation):
+            continue
+        contexts = [configs[call.model][name] for name in _CONTEXTS if isinstance(configs[call.model].get(name), int)]
+        limit, longest = min([call.microbatching.max_tokens, *contexts]), call.settings.sampling.max_new_tokens
+        if longest >= limit:
+            raise ConfigError(
+                f"{owner}sampling.max_new_tokens",
+                longest,
+                f"leaves no room for a prompt in {limit} tokens (the smaller of the model's context and "
+                "microbatch_tokens)",
+                "lower it, raise microbatch_tokens, or take a model with a longer context",
+            )
+
+
 def _exists(path: Path) -> ConfigError:
     return ConfigError(
         "run.name",
@@ -67,7 +90,8 @@ def _exists(path: Path) -> ConfigError:
     )
 
 
-def _check_model(model: Model, field: str) -> None:
+def _check_model(model: Model, field: str) -> Mapping[str, Any]:
+    """Returns its config."""
     config = model.config
     if model.path is not None:
         file = model.path / "config.json"
@@ -103,3 +127,4 @@ def _check_model(model: Model, field: str) -> None:
             raise ConfigError(
                 f"{field}.layout.pp", model.layout.pp, f"the model has only {num_layers} layers", "lower it"
             )
+    return config

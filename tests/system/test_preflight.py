@@ -4,7 +4,10 @@ from pathlib import Path
 import pytest
 from trainmaster.api.config import Dataset, Layout, Model
 from trainmaster.api.errors import ConfigError, DataError
+from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.sft import SFT
+from trainmaster.api.rewards import Reward
+from trainmaster.api.sampling import Sampling
 from trainmaster.system.preflight import check_files, check_run_directory, claim_run_directory
 
 ROW = '{"prompt": "a", "answer": "b"}\n'
@@ -79,6 +82,24 @@ def test_both_datasets_are_checked(tmp_path: Path):
         check(tmp_path, model=model, dataset=Dataset(path=tmp_path / "none"))
     with pytest.raises(DataError, match=r"^evaluation\.path = '.*none': cannot be read"):
         check(tmp_path, model=model, evaluation=Dataset(path=tmp_path / "none"))
+
+
+@pytest.mark.parametrize(("room", "fields"), [(8, {}), (5, {"microbatch_tokens": 5})])
+def test_the_longest_response_leaves_room_for_a_prompt(tmp_path: Path, room: int, fields: dict[str, int]):
+    path = model_folder(tmp_path, '{"model_type": "qwen2", "max_position_embeddings": 8}')
+
+    def answers(max_new_tokens: int) -> AnswerEvaluation:
+        return AnswerEvaluation(
+            dataset=Dataset(path=tmp_path / "rows.jsonl"),
+            reward=Reward(function="exact_match"),
+            sampling=Sampling(max_new_tokens=max_new_tokens),
+        )
+
+    check(tmp_path, model=Model(path=path), answers=answers(room - 1), **fields)
+    with pytest.raises(
+        ConfigError, match=rf"answers\.sampling\.max_new_tokens = {room}: leaves no room .* {room} tokens"
+    ):
+        check(tmp_path, model=Model(path=path), answers=answers(room), **fields)
 
 
 def test_a_run_directory_is_claimed_once(tmp_path: Path):

@@ -23,7 +23,7 @@ _CONTEXTS = ("max_position_embeddings", "n_positions")
 
 
 def check_files(compiled: CompiledExperiment) -> None:
-    """Datasets are readable and whole, models and tokenizers are there; layers and contexts are enough for what is asked.
+    """Datasets are readable and whole, models and tokenizers are there, layers and contexts are enough.
 
     Raises `ConfigError` for the first that is not.
     """

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test faults check format clean
 
 setup: .venv/.ready
 
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+faults: setup
+	$(BIN)/python -m pytest -m "fault or not fault" -s tests/fault
 
 check: setup
 	$(BIN)/ruff check .

@@ -142,8 +142,8 @@ class Deadlines:
     """For a worker to form its groups, to load its model, or to open a dataset."""
     call_s: PositiveFloat = 3600.0
     """For one call on one worker, its hooks included."""
-    silence_s: PositiveFloat = 10.0
-    """For a sign of life from a worker (it sends one each second, while it computes too), or from the master."""
+    silence_s: PositiveFloat = 5.0
+    """For a sign of life from a worker's or the master's host. Hosts answer while Python computes, or hangs."""
 
 
 @record

@@ -56,7 +56,6 @@ class Cluster:
                 overrides=self._loaded.overrides,
                 experiment_digest=self._loaded.experiment_digest,
                 log_directory=str(log_directory),
-                silence_s=self._run.deadlines.silence_s,
             )
 
         self.server.welcome(welcome)

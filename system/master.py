@@ -75,6 +75,7 @@ async def _run(loaded: LoadedExperiment, address: str) -> None:
         num_workers=compiled.num_workers,
         code_digest=loaded.code_digest,
         silence_s=compiled.run.deadlines.silence_s,
+        log_directory=directory / "logs",
     )
     metrics = MetricsLog(directory)
     try:

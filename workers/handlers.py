@@ -145,6 +145,7 @@ class Handlers:
         return ModelLoaded(num_parameters=sum(parameter.numel() for parameter in shard.own_parameters()))
 
     def _open_dataset(self, name: str) -> DatasetOpened:
+        failpoint("worker.open_dataset", self._context.rank)
         source = self._source(self._context.compiled.graphs[name])
         self._sources[name] = source
         return DatasetOpened(

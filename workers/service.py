@@ -4,7 +4,8 @@
     main thread       the compute lane: calls, and whatever belongs to a model
     transfer thread   the transfer lane: data in, data between workers, data out
 
-A request that raises is answered with its traceback; the worker lives on, and the master decides.
+A request that raises is answered with its traceback; the worker lives on, and the master decides. One that takes longer
+than its deadline ends the process (see `alarm`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..system.rpc.messages import PROTOCOL_VERSION, Failure, Lane, Register, Rep
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
 from ..system.service.logs import log_to_file
+from .alarm import Alarm
 
 if TYPE_CHECKING:
     from .handlers import Handlers
@@ -65,7 +67,7 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
             )
         return Handlers(welcome, loaded, register.address)
 
-    Worker(client, set_up).run()
+    Worker(client, set_up, Alarm(Path(welcome.log_directory) / f"worker-{welcome.rank}.stacks")).run()
     client.close()
     return 0 if client.shutdown is not None and client.shutdown.is_done else EXIT_RUN_FAILED
 
@@ -73,8 +75,8 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
 class Worker:
     """Executes the requests of both lanes. Sets itself up at the first, so that the master hears if that fails."""
 
-    def __init__(self, client: Client, set_up: Callable[[], Handlers]) -> None:
-        self._client, self._set_up = client, set_up
+    def __init__(self, client: Client, set_up: Callable[[], Handlers], alarm: Alarm) -> None:
+        self._client, self._set_up, self._alarm = client, set_up, alarm
         self._handlers: Handlers | None = None
 
     def run(self) -> None:
@@ -106,7 +108,8 @@ class Worker:
         seconds: dict[str, float] = {}
         outcome: Success | Failure
         try:
-            outcome = self._execute(request, seconds)
+            with self._alarm.within(request.deadline_s):
+                outcome = self._execute(request, seconds)
         except Exception as error:
             logger.exception("%s failed", request.command.type)
             outcome = _failure(error)

@@ -161,6 +161,8 @@ def _short_folder() -> str | None:
 def _obituary(child: Child) -> str:
     code = child.ended.result()
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    if code == -signal.SIGALRM:
+        how = "ended itself at a call's deadline"
     where = "its logs are in the run directory" if child.output is None else f"its output is in {child.output}"
     text = f"error: {child.name} (pid {child.process.pid}) {how}; {where}\n"
     if child.output is not None:

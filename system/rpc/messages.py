@@ -17,14 +17,14 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter
 
 from ...api.record import record
 from .commands import Command, Hook, Result, ShardFile
 
 PROTOCOL_VERSION = 1
 HEARTBEAT_S = 1.0
-"""Seconds between two signs of life, in both directions."""
+"""Seconds between two heartbeats, in both directions."""
 
 
 class Lane(StrEnum):
@@ -101,7 +101,6 @@ class Welcome:
     """Command-line overrides to apply to the experiment file."""
     experiment_digest: str
     log_directory: str
-    silence_s: float
 
 
 @record
@@ -122,6 +121,8 @@ class Request:
     epoch: NonNegativeInt
     id: NonNegativeInt
     lane: Lane
+    deadline_s: PositiveFloat
+    """For the execution, hooks included: a worker that takes longer ends itself."""
     command: Command
     pre_hooks: tuple[Hook, ...] = ()
     post_hooks: tuple[Hook, ...] = ()

@@ -2,7 +2,9 @@
 
 Guarantees:
 - every future that `submit` returns is settled: by a reply, by its deadline, or by the loss of its worker;
-- a worker that closes its connection is known within `HEARTBEAT_S`, one that falls silent within `silence_s`;
+- a worker that closes its connection is known within `HEARTBEAT_S`, a host that falls silent within `silence_s`;
+- a worker whose interpreter is busy is slow, not lost: its connection is answered for by ZeroMQ's own thread. It is
+  reported as unresponsive, and ends itself at its call's deadline, with its stacks in a file that the error quotes;
 - a reply of another run, epoch or request is dropped;
 - requests of one lane reach a worker in the order in which they were submitted.
 
@@ -17,6 +19,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +33,7 @@ from ...api.errors import (
     ProtocolError,
     RemoteError,
     RewardError,
+    RunError,
     WorkerLost,
 )
 from . import codec
@@ -53,6 +57,12 @@ from .messages import (
 
 logger = logging.getLogger(__name__)
 
+_PING_SHARE, _PONG_SHARE = 0.2, 0.6
+"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for us to notice."""
+_LATE_GRACE_S = 1.0
+"""For a worker to end itself at a deadline, and for us to learn of it."""
+_UNRESPONSIVE_HEARTBEATS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -65,6 +75,8 @@ class Answer:
 @dataclass(slots=True)
 class _Pending:
     name: str
+    start_s: float
+    deadline_s: float
     future: asyncio.Future[Answer]
     timer: asyncio.TimerHandle
 
@@ -79,8 +91,9 @@ class Peer:
     rank: int | None = None
     welcomed: bool = False
     """A worker sends heartbeats from its welcome on."""
+    responsive: bool = True
     pending: dict[int, _Pending] = field(default_factory=dict)
-    lost: WorkerLost | None = None
+    lost: RunError | None = None
 
     def __str__(self) -> str:
         name = "a worker" if self.rank is None else f"worker {self.rank}"
@@ -91,10 +104,17 @@ class Server:
     """Use as an async context manager; all methods are called on its event loop."""
 
     def __init__(
-        self, address: str, run: str, epoch: int, num_workers: int, code_digest: str, silence_s: float
+        self,
+        address: str,
+        run: str,
+        epoch: int,
+        num_workers: int,
+        code_digest: str,
+        silence_s: float,
+        log_directory: Path,
     ) -> None:
         self.run, self.epoch, self.num_workers = run, epoch, num_workers
-        self._code_digest, self._silence_s = code_digest, silence_s
+        self._code_digest, self._silence_s, self._log_directory = code_digest, silence_s, log_directory
         self._peers: dict[bytes, Peer] = {}
         self._ranks: list[Peer] = []
         self._strangers: deque[str] = deque(maxlen=1)
@@ -108,6 +128,10 @@ class Server:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 10_000)
+        # pings of ZeroMQ's own, answered without Python; the last makes the other end give up as soon as we do
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
+        self._socket.setsockopt(zmq.HEARTBEAT_TTL, round(1000 * silence_s * _PONG_SHARE))
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -120,7 +144,7 @@ class Server:
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Any] = self._future()  # Any: it never has a result
-        """Fails with `WorkerLost` at the first loss of a worker, whether or not anything was asked of it."""
+        """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
         self._all_registered = asyncio.Event()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
@@ -199,13 +223,14 @@ class Server:
         if peer.lost is not None:
             future.set_exception(peer.lost)
             return future
-        timer = self._loop.call_later(deadline_s, self._late, peer, identity, deadline_s)
-        peer.pending[identity] = _Pending(name, future, timer)
+        timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, self._late, peer, identity)
+        peer.pending[identity] = _Pending(name, self._loop.time(), deadline_s, future, timer)
         request = Request(
             run=self.run,
             epoch=self.epoch,
             id=identity,
             lane=lane,
+            deadline_s=deadline_s,
             command=command,
             pre_hooks=pre_hooks,
             post_hooks=post_hooks,
@@ -232,7 +257,13 @@ class Server:
         try:
             self._send(peer, message)
         except zmq.ZMQError as error:
-            cause = "closed its connection" if error.errno == zmq.EHOSTUNREACH else f"cannot be sent to ({error})"
+            silent_s = self._loop.time() - peer.last_heard_s
+            if error.errno != zmq.EHOSTUNREACH:
+                cause = f"cannot be sent to ({error})"
+            elif peer.welcomed and silent_s > self._silence_s * _PONG_SHARE:
+                cause = f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)"
+            else:
+                cause = "closed its connection"
             self._lose(peer, cause)
         self._loop.call_soon(self._drain)  # the socket's descriptor is edge-triggered: a send can swallow its event
 
@@ -261,7 +292,7 @@ class Server:
         elif peer is None:
             logger.warning("dropped a %s from a worker that is not registered", message.type)
         else:
-            peer.last_heard_s = self._loop.time()
+            self._heard(peer)
             match message:
                 case Reply():
                     self._settle(peer, message)
@@ -313,21 +344,27 @@ class Server:
         self.probe()
         for peer in list(self._peers.values()):
             silent_s = self._loop.time() - peer.last_heard_s
-            if peer.welcomed and silent_s > self._silence_s:
-                self._lose(peer, f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)")
+            if peer.welcomed and peer.responsive and silent_s > _UNRESPONSIVE_HEARTBEATS * HEARTBEAT_S:
+                peer.responsive = False
+                logger.warning("%s is unresponsive: its interpreter is busy; its call's deadline is what counts", peer)
 
-    def _late(self, peer: Peer, identity: int, deadline_s: float) -> None:
+    def _heard(self, peer: Peer) -> None:
+        now_s = self._loop.time()
+        if not peer.responsive:
+            peer.responsive = True
+            logger.warning("%s answers again after %.0f s", peer, now_s - peer.last_heard_s)
+        peer.last_heard_s = now_s
+
+    def _late(self, peer: Peer, identity: int) -> None:
+        """For a worker that could not even end itself."""
         pending = peer.pending.pop(identity)
         if not pending.future.done():
-            pending.future.set_exception(
-                DeadlineExceeded(f"{pending.name} on {peer} took longer than its {deadline_s:g} s (run.deadlines)")
-            )
+            pending.future.set_exception(DeadlineExceeded(_late_message(peer, pending)))
 
     def _lose(self, peer: Peer, cause: str) -> None:
         if self._peers.pop(peer.route, None) is None:
             return
-        during = ", ".join(dict.fromkeys(pending.name for pending in peer.pending.values()))
-        error = WorkerLost(f"{peer} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
+        error = self._obituary(peer, cause)
         logger.error("%s", error)
         peer.lost = error
         for pending in peer.pending.values():
@@ -337,6 +374,20 @@ class Server:
         peer.pending.clear()
         if not self.lost.done():
             self.lost.set_exception(error)
+
+    def _obituary(self, peer: Peer, cause: str) -> RunError:
+        """What a lost worker died of. One that ended itself at a deadline left its stacks."""
+        now_s = self._loop.time()
+        overdue = [pending for pending in peer.pending.values() if now_s >= pending.start_s + pending.deadline_s]
+        stacks = self._log_directory / f"worker-{peer.rank}.stacks"
+        if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
+            return DeadlineExceeded(f"{_late_message(peer, overdue[0])}. It was here ({stacks}):\n{text}")
+        during = ", ".join(dict.fromkeys(pending.name for pending in peer.pending.values()))
+        return WorkerLost(f"{peer} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
+
+
+def _late_message(peer: Peer, pending: _Pending) -> str:
+    return f"{pending.name} on {peer} took longer than its {pending.deadline_s:g} s (run.deadlines)"
 
 
 def _raised(where: str, failure: Failure) -> Exception:

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import time
-from pathlib import Path
 
 import pytest
 from workbench import Workbench
@@ -133,7 +132,7 @@ def test_a_killed_master_is_named(workbench: Workbench) -> None:
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
-    (master,) = [pid for pid in workbench.survivors() if b"\0master\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (master,) = workbench.pids_of("master")
     os.kill(master, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1

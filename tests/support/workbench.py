@@ -120,6 +120,11 @@ class Workbench:
                     continue
         return found
 
+    def pids_of(self, service: str) -> list[int]:
+        """Living `master` or `worker` services that this test started."""
+        part = b"\0" + service.encode() + b"\0"
+        return [pid for pid in self.survivors() if part in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
     def wait_until_gone(self, deadline_s: float = 10.0) -> list[int]:
         """Survivors after all had time to end."""
         end_s = time.monotonic() + deadline_s

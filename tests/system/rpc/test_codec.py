@@ -135,7 +135,6 @@ MESSAGES = {
         overrides=tuples(text),
         experiment_digest=text,
         log_directory=text,
-        silence_s=positive,
     ),
     Refuse: st.builds(Refuse, reason=text),
     Ping: st.just(Ping()),
@@ -145,6 +144,7 @@ MESSAGES = {
         epoch=counts,
         id=counts,
         lane=st.sampled_from(Lane),
+        deadline_s=st.floats(1e-3, 1e9),
         command=commands,
         pre_hooks=tuples(hooks, 2),
         post_hooks=tuples(hooks, 2),
@@ -157,6 +157,7 @@ REQUEST = Request(
     epoch=1,
     id=5,
     lane=Lane.COMPUTE,
+    deadline_s=60.0,
     command=CallModel(
         graph="sft",
         call="train",

@@ -1,0 +1,88 @@
+"""One end of the message stream between the master and one worker, over a transport that may drop, repeat, delay and
+reorder: what is posted at one end is delivered at the other once, and in order.
+
+    post --> [waiting] --window--> [unacknowledged] ~~ order n ~~> [ahead of its turn] --> delivered
+                                          ^~~~~~ received: n ~~~~~~~~~~~~~~'
+
+The sender numbers messages 1, 2, ... and keeps each until the receiver says that it has come so far; what stays
+unacknowledged is sent again, at growing intervals. The receiver delivers n after n - 1 and drops what it had before.
+At most `WINDOW` messages are under way, so both ends hold a bounded number.
+
+Pure: times and bodies come in, bodies come out. Nothing here touches a socket or a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+WINDOW = 256
+"""The most messages under way, unacknowledged."""
+RESEND_S = 1.5
+"""Until a message is sent again for the first time: longer than the heartbeats that bring acknowledgements."""
+MAX_RESEND_S = 12.0
+B = TypeVar("B")
+
+
+@dataclass(slots=True)
+class _Sent(Generic[B]):
+    body: B
+    again_s: float
+    wait_s: float
+
+
+class Link(Generic[B]):
+    """Made anew at both ends for each (epoch, worker)."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """The number of messages delivered: every header tells it to the other end."""
+        self._ahead: dict[int, B] = {}
+        self._waiting: deque[B] = deque()
+        self._unacknowledged: dict[int, _Sent[B]] = {}
+        self._num_sent = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was posted has arrived."""
+        return not self._waiting and not self._unacknowledged
+
+    def post(self, body: B) -> None:
+        self._waiting.append(body)
+
+    def due(self, now_s: float) -> list[tuple[int, B]]:
+        """What to send now, each with its order: new messages as far as the window allows, and old ones once more."""
+        due = []
+        for order, sent in self._unacknowledged.items():
+            if now_s >= sent.again_s:
+                sent.wait_s = min(2 * sent.wait_s, MAX_RESEND_S)
+                sent.again_s = now_s + sent.wait_s
+                due.append((order, sent.body))
+        while self._waiting and len(self._unacknowledged) < WINDOW:
+            self._num_sent += 1
+            body = self._waiting.popleft()
+            self._unacknowledged[self._num_sent] = _Sent(body, now_s + RESEND_S, RESEND_S)
+            due.append((self._num_sent, body))
+        return due
+
+    def acknowledge(self, received: int) -> None:
+        """The other end has had this many."""
+        while self._unacknowledged and (first := next(iter(self._unacknowledged))) <= received:
+            del self._unacknowledged[first]
+
+    def reconnected(self) -> None:
+        """The connection is a new one: what was under way on the old one may be lost, and is due at once."""
+        for sent in self._unacknowledged.values():
+            sent.again_s, sent.wait_s = 0.0, RESEND_S / 2
+
+    def accept(self, order: int, body: B) -> list[B]:
+        """A message arrived. Returns what can be delivered now, in order."""
+        if not self.received < order <= self.received + WINDOW:
+            return []  # had before, or from nobody who keeps to the window
+        self._ahead[order] = body
+        delivered = []
+        while self.received + 1 in self._ahead:
+            self.received += 1
+            delivered.append(self._ahead.pop(self.received))
+        return delivered

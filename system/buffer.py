@@ -16,8 +16,8 @@ from ..api.graph import Call, Graph
 
 @dataclass(slots=True)
 class _Entry:
-    columns: dict[str, KeyColumn]
-    """Of this one sequence: each column has one length."""
+    columns: dict[str, tuple[KeyColumn, int]]
+    """By key: the column that came with it and others, and its place there."""
     taken: set[str] = field(default_factory=set)
     """Calls that have taken it."""
     done: set[str] = field(default_factory=set)
@@ -40,7 +40,7 @@ class SequenceBuffer:
         """New sequences, with the keys of the dataset."""
         for position, sequence in enumerate(samples.ids):
             assert sequence not in self._entries, f"sequence {sequence} is admitted twice"
-            self._entries[sequence] = _Entry(dict(samples.select([position]).keys))
+            self._entries[sequence] = _Entry({key: (column, position) for key, column in samples.keys.items()})
 
     def take(self, call: Call, count: int) -> Samples | None:
         """The `count` oldest sequences that have all of the call's inputs and that it has not taken; None if fewer."""
@@ -53,12 +53,11 @@ class SequenceBuffer:
             return None
         if not ready:
             return Samples(ids=(), keys={})
-        parts = []
-        for sequence in ready:
-            entry = self._entries[sequence]
+        entries = [self._entries[sequence] for sequence in ready]
+        for entry in entries:
             entry.taken.add(call.name)
-            parts.append(Samples(ids=(sequence,), keys={key: entry.columns[key] for key in call.inputs}))
-        return Samples.gather(parts)
+        keys = {key: _joined(key, [entry.columns[key] for entry in entries]) for key in call.inputs}
+        return Samples(ids=tuple(ready), keys=keys)
 
     def num_open(self, call: Call) -> int:
         """How many sequences the call has yet to take, ready or not."""
@@ -74,7 +73,9 @@ class SequenceBuffer:
         """Adds keys to sequences in flight; those that have retired are passed over."""
         for position, sequence in enumerate(samples.ids):
             if sequence in self._entries:
-                self._entries[sequence].columns.update(samples.select([position]).keys)
+                columns = self._entries[sequence].columns
+                for key, column in samples.keys.items():
+                    columns[key] = (column, position)
 
     def finish(self, call: Call, sequences: Sequence[str]) -> tuple[str, ...]:
         """The call is done with these; returns those of them that retire."""
@@ -94,3 +95,14 @@ class SequenceBuffer:
     @staticmethod
     def _is_open(entry: _Entry, call: Call) -> bool:
         return call.name not in entry.taken and not entry.is_dropped
+
+
+def _joined(key: str, cells: Sequence[tuple[KeyColumn, int]]) -> KeyColumn:
+    """One column of these sequences."""
+    first = cells[0][0]
+    for column, _ in cells:
+        assert column is first or (column.dtype, column.trailing) == (first.dtype, first.trailing), (
+            f"key {key} differs in type"
+        )
+    lengths = tuple(column.lengths[position] for column, position in cells)
+    return KeyColumn(dtype=first.dtype, lengths=lengths, trailing=first.trailing)

@@ -144,6 +144,8 @@ class Deadlines:
     """For one call on one worker, its hooks included."""
     silence_s: PositiveFloat = 5.0
     """For a sign of life from a worker's or the master's host. Hosts answer while Python computes, or hangs."""
+    orphan_s: NonNegativeFloat = 1.0
+    """For a worker whose connection to its master closed to wait for one to come back, before it ends."""
 
 
 @record

@@ -56,6 +56,7 @@ class Cluster:
                 overrides=self._loaded.overrides,
                 experiment_digest=self._loaded.experiment_digest,
                 log_directory=str(log_directory),
+                orphan_s=self._run.deadlines.orphan_s,
             )
 
         self.server.welcome(welcome)

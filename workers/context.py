@@ -47,6 +47,10 @@ class ShardGroups:
     ends: Group | None = None
     """First and last stage of its replica, which share tied embeddings."""
 
+    @property
+    def all(self) -> tuple[Group | None, ...]:
+        return self.pipe, self.gradients, self.data, self.ends
+
 
 @dataclass(slots=True)
 class WorkerContext:
@@ -70,6 +74,13 @@ class WorkerContext:
     def deadline(self) -> timedelta:
         """For everything that waits for other workers inside a call."""
         return timedelta(seconds=self.compiled.run.deadlines.call_s)
+
+    def abort_groups(self) -> None:
+        """Leaves all groups at once: what waits in one, here or at another member, fails."""
+        mine = [self.transfer, *(group for groups in self.groups.values() for group in groups.all)]
+        for group in mine:
+            if group is not None:
+                group.abort()
 
     def join_groups(self, host: str, port: int) -> None:
         """Forms this worker's groups. All workers do so at once, in the same order of groups."""

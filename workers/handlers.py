@@ -25,6 +25,8 @@ from ..system.rpc.commands import (
     Command,
     DatasetOpened,
     Done,
+    Echo,
+    Echoed,
     Fetch,
     Fetched,
     HostStore,
@@ -91,6 +93,8 @@ class Handlers:
 
     def execute(self, command: Command) -> Result:
         match command:
+            case Echo():
+                return Echoed(content=command.content)
             case HostStore():
                 self._hosted_store, port = host_store(self._context.address)
                 return StoreAddress(host=self._context.address, port=port)
@@ -117,6 +121,18 @@ class Handlers:
                 return Done()
             case _:
                 assert_never(command)
+
+    def abandon(self) -> None:
+        """The epoch is over: whatever waits for another worker fails. Safe from any thread."""
+        self._context.abort_groups()
+
+    def close(self) -> None:
+        """Leaves the epoch: groups, models, data, function processes."""
+        self._context.abort_groups()
+        for function in self._functions.values():
+            function.close()
+        self._shards.clear()
+        self._hosted_store = None
 
     def redistribute(self, hook: Redistribute) -> None:
         assert self._context.transfer is not None, "one worker alone has everything"

@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import platform
 import socket
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
@@ -26,7 +28,7 @@ from ..api.errors import ConfigError, ProtocolError
 from ..api.experiment_file import ExperimentFile
 from ..system.rpc.client import EXIT_RUN_FAILED, Client
 from ..system.rpc.commands import Redistribute, Save, ShardFile
-from ..system.rpc.messages import PROTOCOL_VERSION, Failure, Lane, Register, Reply, Request, Success
+from ..system.rpc.messages import Failure, Lane, Register, Reply, Request, Success, Welcome, stacks_name
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
 from ..system.service.logs import log_to_file
@@ -43,20 +45,27 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
     """Runs a worker until its master ends the run. Returns an exit code; raises `ConfigError` if it is refused."""
     failpoint("worker.register")
     register = Register(
-        protocol=PROTOCOL_VERSION,
         host=socket.gethostname(),
         pid=os.getpid(),
         incarnation=uuid.uuid4().hex,
         address=advertise or own_address(master),
+        devices=tuple(sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))),
+        versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         code_digest=file.code_digest,
     )
-    client = Client(master, register)
+    worker: Worker | None = None
+
+    def on_epoch(_: Welcome) -> None:
+        if worker is not None:
+            worker.abandon()
+
+    client = Client(master, register, on_epoch)
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
     log_to_file(Path(welcome.log_directory) / f"worker-{welcome.rank}.log")
 
-    def set_up() -> Handlers:
+    def set_up(welcome: Welcome) -> Handlers:
         loaded = file.resolve(welcome.overrides)
         if loaded.experiment_digest != welcome.experiment_digest:
             raise ConfigError(
@@ -67,17 +76,20 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
             )
         return Handlers(welcome, loaded, register.address)
 
-    Worker(client, set_up, Alarm(Path(welcome.log_directory) / f"worker-{welcome.rank}.stacks")).run()
+    worker = Worker(client, set_up, Alarm(Path(welcome.log_directory) / stacks_name(register)))
+    worker.run()
     client.close()
     return 0 if client.shutdown is not None and client.shutdown.is_done else EXIT_RUN_FAILED
 
 
 class Worker:
-    """Executes the requests of both lanes. Sets itself up at the first, so that the master hears if that fails."""
+    """Executes the requests of all lanes. Sets itself up at an epoch's first, so that the master hears of a failure."""
 
-    def __init__(self, client: Client, set_up: Callable[[], Handlers], alarm: Alarm) -> None:
+    def __init__(self, client: Client, set_up: Callable[[Welcome], Handlers], alarm: Alarm) -> None:
         self._client, self._set_up, self._alarm = client, set_up, alarm
         self._handlers: Handlers | None = None
+        self._epoch = 0
+        self._setting_up = threading.Lock()
 
     def run(self) -> None:
         lanes = [
@@ -90,6 +102,21 @@ class Worker:
         self._serve(Lane.COMPUTE)
         for thread in lanes:
             thread.join()
+
+    def abandon(self) -> None:
+        """Has whatever waits for workers of an old epoch fail. Safe from any thread."""
+        if self._handlers is not None:
+            self._handlers.abandon()
+
+    def _ready(self, epoch: int) -> Handlers:
+        with self._setting_up:
+            if self._handlers is None or self._epoch != epoch:
+                welcome = self._client.current
+                assert welcome is not None, "requests follow a welcome"
+                if self._handlers is not None:
+                    self._handlers.close()
+                self._handlers, self._epoch = self._set_up(welcome), epoch
+            return self._handlers
 
     def _serve(self, lane: Lane) -> None:
         try:
@@ -116,9 +143,7 @@ class Worker:
         return Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds=seconds)
 
     def _execute(self, request: Request, seconds: dict[str, float]) -> Success:
-        if self._handlers is None:
-            self._handlers = self._set_up()
-        handlers = self._handlers
+        handlers = self._ready(request.epoch)
         files: list[ShardFile] = []
         for hook in request.pre_hooks:
             _run_hook(handlers, hook, files, seconds)

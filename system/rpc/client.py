@@ -4,24 +4,44 @@ The thread registers, sends heartbeats while the interpreter lets it, sorts requ
 replies. It ends the process when the master is gone: a worker without a master has nothing left to do. Whether a
 connection is alive is ZeroMQ's to say, whose own thread answers the master's pings whatever Python does.
 
-    master <--DEALER--> [I/O thread] --requests--> queue of each lane --> lane threads
-                              ^--------inproc PUSH/PULL--replies-----------'
+    master <--DEALER--> [I/O thread: link] --requests--> queue of each lane --> lane threads
+                              ^-------------replies-----------------------------------'
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import queue
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ...api.errors import ConfigError, ProtocolError, RunError
 from . import codec
-from .messages import HEARTBEAT_S, Heartbeat, Lane, Message, Ping, Refuse, Register, Reply, Request, Shutdown, Welcome
+from .link import Link
+from .messages import (
+    HEARTBEAT_S,
+    PROTOCOL_VERSION,
+    Cancel,
+    Executing,
+    Heartbeat,
+    Lane,
+    Message,
+    Ping,
+    Refuse,
+    Register,
+    Reply,
+    Request,
+    Shutdown,
+    Welcome,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +49,42 @@ EXIT_MASTER_LOST = 3
 EXIT_RUN_FAILED = 4
 """The run failed or was stopped, and the master told this worker so."""
 _SHUTDOWN_GRACE_S = 3.0
-_REPLIES = "inproc://replies"
+_RECONNECT_MS = 50
+_WAKE = "inproc://wake"
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    request: Request
+    end_s: float
 
 
 class Client:
-    """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`."""
+    """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`.
 
-    def __init__(self, master: str, register: Register) -> None:
-        self._master, self._register = master, register
-        self._requests: dict[Lane, queue.SimpleQueue[Request | None]] = {lane: queue.SimpleQueue() for lane in Lane}
+    `on_epoch` is called on the I/O thread when the master begins another epoch: what is under way in the old one is to
+    end, for its other members may be gone. Requests of the new one follow.
+    """
+
+    def __init__(self, master: str, register: Register, on_epoch: Callable[[Welcome], None] | None = None) -> None:
+        self._master, self._register, self._on_epoch = master, register, on_epoch
+        self._requests: dict[Lane, queue.SimpleQueue[_Queued | None]] = {lane: queue.SimpleQueue() for lane in Lane}
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown] = queue.SimpleQueue()
-        self._welcomed: Welcome | None = None
+        self.current: Welcome | None = None
+        """The last welcome: of the epoch whose requests are executed."""
+        self._link: Link[codec.Body] = Link()
+        self._executing: dict[int, float] = {}
+        """Since when, by request."""
+        self._cancelled: set[int] = set()
+        self._disconnected_s: float | None = None
         self.shutdown: Shutdown | None = None
         """The master's last word, once it has spoken it."""
         self._finished = threading.Event()
         self._context = zmq.Context()
-        self._outbox: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-        self._outbox.bind(_REPLIES)
-        self._outbox_lock = threading.Lock()
+        self._replies: queue.SimpleQueue[tuple[int, codec.Body]] = queue.SimpleQueue()
+        self._waker: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        self._waker.bind(_WAKE)
+        self._waker_lock = threading.Lock()
         self._thread = threading.Thread(target=self._serve, name="rpc", daemon=True)
         self._thread.start()
 
@@ -69,13 +107,29 @@ class Client:
                 raise RunError(f"the master is shutting down: {answer.reason}")
 
     def next_request(self, lane: Lane) -> Request | None:
-        """Waits for the lane's next request; None when the run is over."""
-        return self._requests[lane].get()
+        """Waits for the lane's next request; None when the run is over. Passes over what nobody waits for any more."""
+        while (queued := self._requests[lane].get()) is not None:
+            request, now_s = queued.request, time.monotonic()
+            welcome = self.current
+            if welcome is None or request.epoch != welcome.epoch:
+                continue
+            if request.id in self._cancelled:
+                self._cancelled.discard(request.id)
+                continue
+            if now_s > queued.end_s:
+                logger.warning("request %d had expired before it could begin", request.id)
+                continue
+            self._executing[request.id] = now_s
+            return request
+        return None
 
     def reply(self, reply: Reply) -> None:
-        """Hands a reply to the I/O thread. Safe from any thread."""
-        with self._outbox_lock:
-            self._outbox.send_multipart(codec.encode(reply))
+        """Hands a reply to the I/O thread. Safe from any thread. Raises `ProtocolError` if it is too large."""
+        body = codec.encode_body(reply)
+        self._executing.pop(reply.id, None)
+        self._replies.put((reply.epoch, body))
+        with self._waker_lock:
+            self._waker.send(b"")
 
     def close(self) -> None:
         """Says that this process is done: the I/O thread will not end it by force."""
@@ -85,68 +139,145 @@ class Client:
 
     def _serve(self) -> None:
         dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, self._register.incarnation.encode())  # the same after a reconnection
         dealer.setsockopt(zmq.LINGER, 1000)
         dealer.setsockopt(zmq.IPV6, "[" in self._master)
         dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
+        dealer.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        replies: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
-        replies.connect(_REPLIES)
+        wake: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        wake.connect(_WAKE)
         dealer.connect(self._master)
         poller = zmq.Poller()
-        for socket in (dealer, monitor, replies):
+        for socket in (dealer, monitor, wake):
             poller.register(socket, zmq.POLLIN)
         last_sent_s = time.monotonic()
         while True:
             ready = dict(poller.poll(int(1000 * HEARTBEAT_S / 2)))
-            now_s = time.monotonic()
-            if replies in ready:
-                dealer.send_multipart(replies.recv_multipart())
+            if wake in ready:
+                wake.recv()
+                self._post_reply()
             if dealer in ready:
-                self._receive(dealer.recv_multipart())
+                self._receive(dealer, codec.receive(dealer))
             if monitor in ready:
                 self._follow(recv_monitor_message(monitor)["event"], dealer)
-            if self._welcomed is not None and now_s - last_sent_s >= HEARTBEAT_S:
+            now_s = time.monotonic()
+            self._flush(dealer, now_s)
+            if now_s - last_sent_s >= HEARTBEAT_S:
                 last_sent_s = now_s
-                beat = Heartbeat(run=self._welcomed.run, epoch=self._welcomed.epoch)
-                dealer.send_multipart(codec.encode(beat))
+                self._say(dealer, self._heartbeat(now_s) if self.current is not None else self._register)
+            self._check_master(now_s)
+
+    def _heartbeat(self, now_s: float) -> Heartbeat:
+        assert self.current is not None, "only a welcomed worker has a run and an epoch"
+        executing = tuple(
+            Executing(id=identity, seconds=max(0.0, now_s - start_s))
+            for identity, start_s in list(self._executing.items())
+        )
+        return Heartbeat(run=self.current.run, epoch=self.current.epoch, executing=executing)
+
+    def _post_reply(self) -> None:
+        epoch, body = self._replies.get()
+        if self.current is not None and epoch == self.current.epoch:
+            self._link.post(body)
+
+    def _flush(self, dealer: zmq.Socket[bytes], now_s: float) -> None:
+        if self._disconnected_s is None:
+            for order, body in self._link.due(now_s):
+                self._transmit(dealer, order, body)
+
+    def _say(self, dealer: zmq.Socket[bytes], message: Message) -> None:
+        if self._disconnected_s is None:
+            self._transmit(dealer, 0, codec.encode_body(message))
+
+    def _transmit(self, dealer: zmq.Socket[bytes], order: int, body: codec.Body) -> None:
+        epoch = 0 if self.current is None else self.current.epoch
+        envelope = codec.Envelope(epoch=epoch, order=order, received=self._link.received)
+        with contextlib.suppress(zmq.Again):  # no connection yet, or its queue is full: it is said again
+            dealer.send_multipart([envelope.encode(), *body], zmq.NOBLOCK, copy=len(body) == 1)
 
     def _follow(self, event: int, dealer: zmq.Socket[bytes]) -> None:
-        """Registers with whoever is at the other end until one welcomes us; after that, its loss is the end."""
-        if self._welcomed is None:
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                dealer.send_multipart(codec.encode(self._register))
-        elif event == zmq.EVENT_DISCONNECTED:
+        """Registers with whoever is at the other end of each new connection."""
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._disconnected_s = None
+            register = self._register
+            if self.current is not None:
+                register = dataclasses.replace(register, run=self.current.run, epoch=self.current.epoch)
+            self._say(dealer, register)
+            self._link.reconnected()
+        else:
             while dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
-                self._receive(dealer.recv_multipart())
-            self._leave("the master closed its connection, or fell silent")
+                self._receive(dealer, codec.receive(dealer))
+            self._disconnected_s = time.monotonic()
 
-    def _receive(self, frames: list[bytes]) -> None:
+    def _check_master(self, now_s: float) -> None:
+        if self.current is None or self._disconnected_s is None:
+            return  # before the welcome, `welcome` watches the clock
+        if now_s - self._disconnected_s > self.current.orphan_s:
+            self._leave("the master closed its connection, or fell silent, and did not come back")
+
+    def _receive(self, dealer: zmq.Socket[bytes], frames: codec.Body) -> None:
         try:
-            message: Message = codec.decode(frames)
+            envelope = codec.Envelope.decode(frames)
+            if envelope.version != PROTOCOL_VERSION:
+                raise ProtocolError(f"protocol version {envelope.version}, not {PROTOCOL_VERSION}")
+            if self.current is not None and envelope.epoch == self.current.epoch:
+                self._link.acknowledge(envelope.received)
+            if envelope.order == 0:
+                self._hear(codec.decode_body(frames[1:]))
+            elif self.current is None or envelope.epoch != self.current.epoch:
+                logger.info("dropped a message of epoch %d", envelope.epoch)
+            else:
+                for body in self._link.accept(envelope.order, frames[1:]):
+                    self._obey(dealer, codec.decode_body(body))
         except ProtocolError as error:
             logger.warning("dropped a message from the master: %s", error)
-            return
+
+    def _hear(self, message: Message) -> None:
+        """What is said outside of the link."""
         match message:
-            case Request():
-                assert self._welcomed is not None, "the master welcomes a worker before it asks anything"
-                if (message.run, message.epoch) == (self._welcomed.run, self._welcomed.epoch):
-                    self._requests[message.lane].put(message)
-                else:
-                    logger.warning("dropped a request of epoch %d", message.epoch)
             case Welcome():
-                self._welcomed = message
-                self._answers.put(message)
+                self._begin(message)
             case Refuse():
                 self._answers.put(message)
-            case Shutdown():
-                logger.info("shutting down: %s", message.reason)
+                if self.current is not None:
+                    self._leave(f"the master refuses this worker: {message.reason}")
+            case Shutdown() if self.current is None:
                 self._answers.put(message)
-                if self._welcomed is not None:
-                    self._wind_up(message)
             case Ping():
                 pass
             case _:
-                logger.warning("dropped a %s from the master: not a master's message", message.type)
+                logger.warning("dropped a %s from the master: not what is said outside of a link", message.type)
+
+    def _begin(self, welcome: Welcome) -> None:
+        """The first epoch, or the next; a welcome that comes again changes nothing."""
+        if self.current is not None and (welcome.run, welcome.epoch) == (self.current.run, self.current.epoch):
+            return
+        is_first, self._link, self.current = self.current is None, Link(), welcome
+        self._cancelled.clear()
+        self._executing.clear()
+        if is_first:
+            self._answers.put(welcome)
+        elif self._on_epoch is not None:
+            logger.info("epoch %d begins: this worker is rank %d now", welcome.epoch, welcome.rank)
+            self._on_epoch(welcome)
+
+    def _obey(self, dealer: zmq.Socket[bytes], message: Message) -> None:
+        """What comes through the link."""
+        assert self.current is not None, "links begin with a welcome"
+        match message:
+            case Request() if (message.run, message.epoch) == (self.current.run, self.current.epoch):
+                self._requests[message.lane].put(_Queued(message, time.monotonic() + message.deadline_s))
+            case Cancel() if (message.run, message.epoch) == (self.current.run, self.current.epoch):
+                if message.id not in self._executing:
+                    self._cancelled.add(message.id)
+            case Shutdown():
+                logger.info("shutting down: %s", message.reason)
+                self._say(dealer, self._heartbeat(time.monotonic()))  # acknowledges it: the master waits for that
+                self._answers.put(message)
+                self._wind_up(message)
+            case _:
+                logger.warning("dropped a %s from the master", message.type)
 
     def _wind_up(self, shutdown: Shutdown) -> None:
         self.shutdown = shutdown

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt
+import numpy as np
+from pydantic import Field, InstanceOf, NonNegativeInt
 
 from ...api.batch import Samples
 from ...api.record import record
+
+Array = InstanceOf[np.ndarray]  # of any shape, and of the dtypes that the codec knows
+"""Travels in a frame of its own, not copied."""
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
@@ -57,6 +61,14 @@ class ShardFile:
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@record
+class Echo:
+    """Send this back: how long the way is, and whether a lane is free."""
+
+    type: Literal["echo"] = "echo"
+    content: tuple[Array, ...] = ()
 
 
 @record
@@ -150,7 +162,8 @@ class Release:
 
 
 Command = Annotated[
-    HostStore
+    Echo
+    | HostStore
     | JoinGroups
     | LoadModel
     | OpenDataset
@@ -165,6 +178,12 @@ Command = Annotated[
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
+
+
+@record
+class Echoed:
+    type: Literal["echoed"] = "echoed"
+    content: tuple[Array, ...] = ()
 
 
 @record
@@ -246,6 +265,6 @@ class FunctionDone:
 
 
 Result = Annotated[
-    Done | StoreAddress | ModelLoaded | DatasetOpened | Fetched | CallDone | FunctionDone,
+    Echoed | Done | StoreAddress | ModelLoaded | DatasetOpened | Fetched | CallDone | FunctionDone,
     Field(discriminator="type"),
 ]

@@ -5,11 +5,14 @@
       | <------------ Welcome --- |      your rank, this run's epoch      (or Refuse)
       | <------------ Request --- |      a command with hooks, on a lane
       | -- Reply ---------------> |      a result, or an error with its traceback
-      | -- Heartbeat -----------> |      every second, while computing too
+      | <------------- Cancel --- |      nobody waits for that request any more
+      | -- Heartbeat -----------> |      every second, while the interpreter lets it
       | <--------------- Ping --- |      the same from the master
       | <----------- Shutdown --- |
 
-Every message after the welcome carries (run, epoch): anything of another life of the master is dropped.
+Requests, replies, cancellations and the shutdown pass through a `Link`: once and in order, over a connection that may
+break. The others are said again until they are heard, or do not matter. Every message after the welcome carries its run
+and epoch: anything of another life of the master is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Typ
 from ...api.record import record
 from .commands import Command, Hook, Result, ShardFile
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEARTBEAT_S = 1.0
 """Seconds between two heartbeats, in both directions."""
 
@@ -38,14 +41,33 @@ class Lane(StrEnum):
 @record
 class Register:
     type: Literal["register"] = "register"
-    protocol: int
+    run: str = ""
+    """With `epoch`: where it was welcomed last, if it was; empty for a new worker."""
+    epoch: NonNegativeInt = 0
     host: str
     pid: int
     incarnation: str
     """Unique to this process."""
     address: str
     """Where other workers can reach this one."""
+    devices: tuple[str, ...] = ()
+    """Its host's, such as `cuda:0`; none on a host that has only its CPU."""
+    versions: dict[str, str]
+    """Of Python and of the libraries that numerics depend on."""
     code_digest: str
+
+
+def stacks_name(register: Register) -> str:
+    """Of the file in the run's `logs/` in which a worker that ends itself at a deadline leaves its stacks."""
+    return f"worker-{register.host}-{register.pid}.stacks"
+
+
+@record
+class Executing:
+    """A request that a worker is at, and for how long it has been."""
+
+    id: NonNegativeInt
+    seconds: NonNegativeFloat
 
 
 @record
@@ -53,6 +75,7 @@ class Heartbeat:
     type: Literal["heartbeat"] = "heartbeat"
     run: str
     epoch: NonNegativeInt
+    executing: tuple[Executing, ...] = ()
 
 
 @record
@@ -101,6 +124,8 @@ class Welcome:
     """Command-line overrides to apply to the experiment file."""
     experiment_digest: str
     log_directory: str
+    orphan_s: NonNegativeFloat
+    """How long to wait for a master whose connection closed, before ending."""
 
 
 @record
@@ -129,6 +154,16 @@ class Request:
 
 
 @record
+class Cancel:
+    """Drop this request if it has not begun. There is no reply."""
+
+    type: Literal["cancel"] = "cancel"
+    run: str
+    epoch: NonNegativeInt
+    id: NonNegativeInt
+
+
+@record
 class Shutdown:
     type: Literal["shutdown"] = "shutdown"
     is_done: bool
@@ -137,7 +172,7 @@ class Shutdown:
 
 
 Message = Annotated[
-    Register | Heartbeat | Reply | Welcome | Refuse | Ping | Request | Shutdown,
+    Register | Heartbeat | Reply | Welcome | Refuse | Ping | Request | Cancel | Shutdown,
     Field(discriminator="type"),
 ]
 MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)

@@ -6,7 +6,8 @@ Guarantees:
 - a worker whose interpreter is busy is slow, not lost: its connection is answered for by ZeroMQ's own thread. It is
   reported as unresponsive, and ends itself at its call's deadline, with its stacks in a file that the error quotes;
 - a reply of another run, epoch or request is dropped;
-- requests of one lane reach a worker in the order in which they were submitted.
+- requests of one lane reach a worker once, and in the order in which they were submitted, even if its connection breaks
+  and comes back; a worker that was given up as lost is refused from then on.
 
 What it does not do: decide what to request, or what a loss means.
 """
@@ -38,9 +39,12 @@ from ...api.errors import (
 )
 from . import codec
 from .commands import Command, Hook
+from .link import Link
 from .messages import (
     HEARTBEAT_S,
     PROTOCOL_VERSION,
+    Cancel,
+    Executing,
     Failure,
     Heartbeat,
     Lane,
@@ -53,6 +57,7 @@ from .messages import (
     Shutdown,
     Success,
     Welcome,
+    stacks_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,6 +67,12 @@ _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 _LATE_GRACE_S = 1.0
 """For a worker to end itself at a deadline, and for us to learn of it."""
 _UNRESPONSIVE_HEARTBEATS = 3
+_RECONNECT_S = 0.4
+"""For a connection that closed to come back, before its worker is lost."""
+_SHUTDOWN_S = 1.0
+"""For workers to hear that the run is over."""
+MAX_PENDING = 2**16
+"""The most requests of one worker that wait for replies: who submits more has lost count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +100,14 @@ class Peer:
     register: Register
     last_heard_s: float
     rank: int | None = None
-    welcomed: bool = False
-    """A worker sends heartbeats from its welcome on."""
+    link: Link[codec.Body] = field(default_factory=Link)
+    welcome: Welcome | None = None
+    """What it was told, or is still to hear. A worker sends heartbeats from its welcome on."""
     responsive: bool = True
+    gone: asyncio.TimerHandle | None = None
+    """Its connection closed, and may come back until then."""
+    executing: tuple[Executing, ...] = ()
+    """What its last heartbeat said it was at."""
     pending: dict[int, _Pending] = field(default_factory=dict)
     lost: RunError | None = None
 
@@ -117,6 +133,9 @@ class Server:
         self._code_digest, self._silence_s, self._log_directory = code_digest, silence_s, log_directory
         self._peers: dict[bytes, Peer] = {}
         self._ranks: list[Peer] = []
+        self._fenced: set[bytes] = set()
+        """Routes of workers that were lost: what they do no longer counts."""
+        self._is_over = False
         self._strangers: deque[str] = deque(maxlen=1)
         """Why the last message that could not be read was dropped."""
         self._num_requests = 0
@@ -126,6 +145,7 @@ class Server:
         self._socket.setsockopt(zmq.IPV6, "[" in address)
         # a send to a closed connection is then an error: how we learn of it
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker's new connection takes over from its old one
         self._socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 10_000)
         # pings of ZeroMQ's own, answered without Python; the last makes the other end give up as soon as we do
@@ -145,7 +165,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Any] = self._future()  # Any: it never has a result
         """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
-        self._all_registered = asyncio.Event()
+        self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
         self._loop.call_soon(self._drain)
@@ -154,18 +174,34 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        self._is_over = True
         reason = "the run is over" if error is None else f"the run ended: {error or type(error).__name__}"
+        shutdown = Shutdown(is_done=error is None, reason=reason[:2000])
         for peer in list(self._peers.values()):
-            with contextlib.suppress(zmq.ZMQError):
-                self._send(peer, Shutdown(is_done=error is None, reason=reason[:2000]))
             for pending in peer.pending.values():
                 pending.timer.cancel()
                 pending.future.cancel()
+            if peer.welcome is None:
+                self._say(peer, shutdown)
+            else:
+                self._post(peer, shutdown)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SHUTDOWN_S):
+                await self._all_told()
+        self._timer.cancel()
+        for peer in self._peers.values():
+            if peer.gone is not None:
+                peer.gone.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self.lost.cancel()
         self._socket.close(linger=500)  # here, on the thread that uses it
         await asyncio.to_thread(self._context.term)
+
+    async def _all_told(self) -> None:
+        """Waits until nothing is left to acknowledge."""
+        while not all(peer.link.is_idle for peer in self._peers.values()):
+            self._arrived.clear()
+            await self._arrived.wait()
 
     async def workers(self, deadline_s: float) -> list[Register]:
         """Waits until every worker has registered; then ranks are fixed, workers of one host side by side.
@@ -197,8 +233,18 @@ class Server:
         """Sends every worker its welcome."""
         for rank, peer in enumerate(self._ranks):
             peer.last_heard_s = self._loop.time()
-            peer.welcomed = True
-            self._post(peer, make(rank))
+            peer.link, peer.welcome = Link(), make(rank)
+            self._say(peer, peer.welcome)
+
+    def next_epoch(self) -> None:
+        """Begins a new epoch with the workers that are left: `workers` waits for others in place of the lost."""
+        self.epoch += 1
+        self.lost = self._future()
+        for peer in self._peers.values():
+            peer.rank, peer.welcome = None, None
+            self._forget(peer)
+        if len(self._peers) < self.num_workers:
+            self._all_registered.clear()
 
     def submit(
         self,
@@ -217,6 +263,8 @@ class Server:
         with `DeadlineExceeded`, or with `WorkerLost`.
         """
         peer = self._ranks[rank]
+        if len(peer.pending) >= MAX_PENDING:
+            raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         self._num_requests += 1
         identity = self._num_requests
         future: asyncio.Future[Answer] = self._future()
@@ -225,6 +273,7 @@ class Server:
             return future
         timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, self._late, peer, identity)
         peer.pending[identity] = _Pending(name, self._loop.time(), deadline_s, future, timer)
+        future.add_done_callback(lambda done: self._cancel(peer, identity) if done.cancelled() else None)
         request = Request(
             run=self.run,
             epoch=self.epoch,
@@ -241,7 +290,7 @@ class Server:
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
         for peer in list(self._peers.values()):
-            self._post(peer, Ping())
+            self._say(peer, Ping())
 
     def _future(self) -> asyncio.Future[Any]:  # Any: the caller's annotation says of what
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -250,45 +299,93 @@ class Server:
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    def _send(self, peer: Peer, message: Message) -> None:
-        self._socket.send_multipart([peer.route, *codec.encode(message)], zmq.NOBLOCK)
-
     def _post(self, peer: Peer, message: Message) -> None:
+        """Through the worker's link: once and in order."""
+        peer.link.post(codec.encode_body(message))
+        self._flush(peer)
+
+    def _say(self, peer: Peer, message: Message) -> None:
+        """Outside of it: now, or never."""
+        self._transmit(peer, 0, codec.encode_body(message))
+
+    def _flush(self, peer: Peer) -> None:
+        if peer.gone is None:
+            for order, body in peer.link.due(self._loop.time()):
+                self._transmit(peer, order, body)
+
+    def _transmit(self, peer: Peer, order: int, body: codec.Body) -> None:
+        envelope = codec.Envelope(epoch=self.epoch, order=order, received=peer.link.received)
         try:
-            self._send(peer, message)
+            self._socket.send_multipart([peer.route, envelope.encode(), *body], zmq.NOBLOCK, copy=len(body) == 1)
+        except zmq.Again:
+            pass  # its queue is full: the link sends it again
         except zmq.ZMQError as error:
-            silent_s = self._loop.time() - peer.last_heard_s
             if error.errno != zmq.EHOSTUNREACH:
-                cause = f"cannot be sent to ({error})"
-            elif peer.welcomed and silent_s > self._silence_s * _PONG_SHARE:
-                cause = f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)"
-            else:
-                cause = "closed its connection"
-            self._lose(peer, cause)
+                self._lose(peer, f"cannot be sent to ({error})")
+            elif peer.gone is None:
+                peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
         self._loop.call_soon(self._drain)  # the socket's descriptor is edge-triggered: a send can swallow its event
+
+    def _lose_gone(self, peer: Peer) -> None:
+        silent_s = self._loop.time() - peer.last_heard_s
+        if peer.welcome is not None and silent_s > self._silence_s * _PONG_SHARE:
+            self._lose(peer, f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)")
+        else:
+            self._lose(peer, "closed its connection")
+
+    def _refuse(self, route: bytes, version: int, reason: str) -> None:
+        """In words that a worker of that version can read: its envelope, and `Refuse`, are the same in all of them."""
+        envelope = codec.Envelope(epoch=0, version=version)
+        frames = [route, envelope.encode(), *codec.encode_body(Refuse(reason=reason))]
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        self._loop.call_soon(self._drain)
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         while not self._socket.closed:
             try:
-                route, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                route, *frames = codec.receive(self._socket, route=1)
             except zmq.Again:
                 return
             try:
-                message = codec.decode(frames)
+                self._take(bytes(route), frames)
             except ProtocolError as error:
-                logger.warning("dropped a message from route %s: %s", route.hex(), error)
+                logger.warning("dropped a message from route %s: %s", bytes(route).hex(), error)
                 self._strangers.append(str(error))
                 if route in self._peers:
-                    self._lose(self._peers[route], f"sent what cannot be read ({error})")
-                continue
-            self._receive(route, message)
+                    self._lose(self._peers[bytes(route)], f"sent what cannot be read ({error})")
 
-    def _receive(self, route: bytes, message: Message) -> None:
+    def _take(self, route: bytes, frames: codec.Body) -> None:
+        envelope = codec.Envelope.decode(frames)
+        if envelope.version != PROTOCOL_VERSION:
+            reason = f"the worker speaks protocol {envelope.version}, the master {PROTOCOL_VERSION}: install the same"
+            self._strangers.append(reason)
+            logger.warning("refused a worker at route %s: %s", route.hex(), reason)
+            self._refuse(route, envelope.version, reason)
+            return
         peer = self._peers.get(route)
+        if peer is not None and peer.gone is not None:
+            peer.gone.cancel()
+            peer.gone = None
+            peer.link.reconnected()
+        if envelope.order == 0:
+            self._receive(route, peer, codec.decode_body(frames[1:]))
+        if peer is None or envelope.epoch != self.epoch:
+            if envelope.order > 0:
+                logger.warning("dropped a message of epoch %d from route %s", envelope.epoch, route.hex())
+            return
+        peer.link.acknowledge(envelope.received)
+        self._arrived.set()
+        if envelope.order > 0:
+            for body in peer.link.accept(envelope.order, frames[1:]):
+                self._receive(route, peer, codec.decode_body(body))
+        self._flush(peer)
+
+    def _receive(self, route: bytes, peer: Peer | None, message: Message) -> None:
         if isinstance(message, Register):
-            self._register(route, message)
+            self._register(route, peer, message)
         elif peer is None:
             logger.warning("dropped a %s from a worker that is not registered", message.type)
         else:
@@ -297,34 +394,51 @@ class Server:
                 case Reply():
                     self._settle(peer, message)
                 case Heartbeat():
-                    pass
+                    peer.executing = message.executing
                 case _:
                     logger.warning("dropped a %s from %s: not a worker's message", message.type, peer)
 
-    def _register(self, route: bytes, register: Register) -> None:
+    def _register(self, route: bytes, peer: Peer | None, register: Register) -> None:
+        if peer is not None:  # it has not heard its welcome, or its connection is a new one
+            if peer.welcome is not None and (register.run, register.epoch) != (self.run, self.epoch):
+                self._say(peer, peer.welcome)
+            peer.link.reconnected()
+            self._flush(peer)
+            return
         peer = Peer(route, register, self._loop.time())
         refusal = None
-        if register.protocol != PROTOCOL_VERSION:
-            refusal = (
-                f"the worker speaks protocol {register.protocol}, the master {PROTOCOL_VERSION}: install one version"
-            )
+        if route in self._fenced:
+            refusal = "it was given up as lost"
         elif register.code_digest != self._code_digest:
             refusal = "the worker's experiment file differs from the master's: copy the same file to both"
         elif len(self._peers) >= self.num_workers:
             refusal = f"the run has its {self.num_workers} workers already"
         if refusal is not None:
             logger.warning("refused %s: %s", peer, refusal)
-            with contextlib.suppress(zmq.ZMQError):
-                self._send(peer, Refuse(reason=refusal))
+            self._refuse(route, PROTOCOL_VERSION, refusal)
             return
         self._peers[route] = peer
         logger.info("%s registered, %d of %d", peer, len(self._peers), self.num_workers)
         if len(self._peers) == self.num_workers:
             self._all_registered.set()
 
+    def _cancel(self, peer: Peer, identity: int) -> None:
+        """The caller gave up on a request: it need not begin any more."""
+        pending = peer.pending.pop(identity, None)
+        if pending is not None and not self._is_over:
+            pending.timer.cancel()
+            self._post(peer, Cancel(run=self.run, epoch=self.epoch, id=identity))
+
+    def _forget(self, peer: Peer) -> None:
+        """Drops what is pending of an epoch that is over."""
+        pending, peer.pending = peer.pending, {}
+        for each in pending.values():
+            each.timer.cancel()
+            each.future.cancel()
+
     def _settle(self, peer: Peer, reply: Reply) -> None:
         if (reply.run, reply.epoch) != (self.run, self.epoch) or reply.id not in peer.pending:
-            logger.warning("dropped a reply of %s to request %d of epoch %d", peer, reply.id, reply.epoch)
+            logger.info("dropped a reply of %s to request %d of epoch %d", peer, reply.id, reply.epoch)
             return
         pending = peer.pending.pop(reply.id)
         pending.timer.cancel()
@@ -343,10 +457,17 @@ class Server:
         self._drain()  # after a stall, signs of life lie unread
         self.probe()
         for peer in list(self._peers.values()):
+            self._flush(peer)
             silent_s = self._loop.time() - peer.last_heard_s
-            if peer.welcomed and peer.responsive and silent_s > _UNRESPONSIVE_HEARTBEATS * HEARTBEAT_S:
+            if peer.welcome is not None and peer.responsive and silent_s > _UNRESPONSIVE_HEARTBEATS * HEARTBEAT_S:
                 peer.responsive = False
-                logger.warning("%s is unresponsive: its interpreter is busy; its call's deadline is what counts", peer)
+                at = {each.id for each in peer.executing}
+                names = ", ".join(pending.name for identity, pending in peer.pending.items() if identity in at)
+                logger.warning(
+                    "%s is unresponsive%s: its interpreter is busy; its call's deadline is what counts",
+                    peer,
+                    f" during {names}" if names else "",
+                )
 
     def _heard(self, peer: Peer) -> None:
         now_s = self._loop.time()
@@ -362,16 +483,20 @@ class Server:
             pending.future.set_exception(DeadlineExceeded(_late_message(peer, pending)))
 
     def _lose(self, peer: Peer, cause: str) -> None:
-        if self._peers.pop(peer.route, None) is None:
+        if self._peers.get(peer.route) is not peer:
             return
+        del self._peers[peer.route]
+        self._fenced.add(peer.route)
+        if peer.gone is not None:
+            peer.gone.cancel()
         error = self._obituary(peer, cause)
         logger.error("%s", error)
         peer.lost = error
-        for pending in peer.pending.values():
+        lost, peer.pending = peer.pending, {}
+        for pending in lost.values():
             pending.timer.cancel()
             if not pending.future.done():
                 pending.future.set_exception(error)
-        peer.pending.clear()
         if not self.lost.done():
             self.lost.set_exception(error)
 
@@ -379,7 +504,7 @@ class Server:
         """What a lost worker died of. One that ended itself at a deadline left its stacks."""
         now_s = self._loop.time()
         overdue = [pending for pending in peer.pending.values() if now_s >= pending.start_s + pending.deadline_s]
-        stacks = self._log_directory / f"worker-{peer.rank}.stacks"
+        stacks = self._log_directory / stacks_name(peer.register)
         if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
             return DeadlineExceeded(f"{_late_message(peer, overdue[0])}. It was here ({stacks}):\n{text}")
         during = ", ".join(dict.fromkeys(pending.name for pending in peer.pending.values()))

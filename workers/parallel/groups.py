@@ -68,6 +68,10 @@ class Group:
         with self.named("receive"):
             self.backend.recv([tensor], source, tag).wait(self.deadline)
 
+    def abort(self) -> None:
+        """Closes the connections: whatever waits in this group fails, at every member."""
+        self.backend.abort()
+
     @contextmanager
     def named(self, what: str) -> Iterator[None]:
         try:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import zmq
-from trainmaster.system.rpc import codec
 from trainmaster.system.rpc.commands import Done, HostStore
 from trainmaster.system.rpc.messages import (
     Heartbeat,
@@ -22,6 +21,7 @@ from trainmaster.system.rpc.messages import (
     Success,
     Welcome,
 )
+from wire import Wire
 
 SCRIPT = """
 import sys, threading
@@ -34,7 +34,7 @@ module.HEARTBEAT_S = 0.05
 address, behaviour = sys.argv[1:]
 module._SHUTDOWN_GRACE_S = 0.05 if behaviour == "busy" else 5.0
 client = module.Client(address, Register(
-    protocol=1, host="here", pid=7, incarnation="i", address="127.0.0.1", code_digest="digest"
+    host="here", pid=7, incarnation="i", address="127.0.0.1", versions={}, code_digest="digest"
 ))
 try:
     welcome = client.welcome(0.1 if behaviour == "impatient" else 5.0)
@@ -66,6 +66,7 @@ class Master:
         self.router = self.context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.RCVTIMEO, 10_000)
         self.address = f"ipc://{folder}/master"
+        self.wire = Wire(EPOCH)
         self.router.bind(self.address)
         self.process: subprocess.Popen[str] | None = None
 
@@ -77,7 +78,7 @@ class Master:
             text=True,
         )
         self.route, *frames = self.router.recv_multipart()
-        assert isinstance(codec.decode(frames), Register)
+        assert isinstance(self.wire.unpack(frames)[0], Register)
 
     def restart(self) -> None:
         """A new socket at the same address, that the worker finds by itself."""
@@ -86,17 +87,19 @@ class Master:
         self.router.setsockopt(zmq.RCVTIMEO, 10_000)
         self.router.bind(self.address)
         self.route, *frames = self.router.recv_multipart()
-        assert isinstance(codec.decode(frames), Register)
+        assert isinstance(self.wire.unpack(frames)[0], Register)
 
-    def send(self, message: Message) -> None:
-        self.router.send_multipart([self.route, *codec.encode(message)])
+    def send(self, message: Message, *, linked: bool | None = None) -> None:
+        self.router.send_multipart([self.route, *self.wire.pack(message, linked=linked)])
 
     def receive(self) -> Message:
-        return codec.decode(self.router.recv_multipart()[1:])
+        while not (delivered := self.wire.unpack(self.router.recv_multipart()[1:])):
+            pass
+        return delivered[0]
 
     def reply(self) -> Reply:
         while not isinstance(message := self.receive(), Reply):
-            assert message == Heartbeat(run=RUN, epoch=EPOCH)
+            assert isinstance(message, Heartbeat)
         return message
 
     def ended(self) -> tuple[int, str, str]:
@@ -126,6 +129,7 @@ def welcome() -> Welcome:
         overrides=(),
         experiment_digest="",
         log_directory="",
+        orphan_s=0.1,
     )
 
 
@@ -166,13 +170,13 @@ def test_heartbeats_go_on_while_the_process_computes(master: Master):
     master.start("busy")
     master.send(welcome())
     for _ in range(3):
-        assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+        assert isinstance(master.receive(), Heartbeat)
 
 
 def test_a_busy_worker_leaves_after_a_shutdown(master: Master):
     master.start("busy")
     master.send(welcome())
-    assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+    assert isinstance(master.receive(), Heartbeat)
     master.send(Shutdown(is_done=True, reason="the run is over"))
     assert master.ended()[:2] == (0, "")
 
@@ -180,7 +184,7 @@ def test_a_busy_worker_leaves_after_a_shutdown(master: Master):
 def test_a_busy_worker_of_a_failed_run_says_so_by_its_exit_code(master: Master):
     master.start("busy")
     master.send(welcome())
-    assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+    assert isinstance(master.receive(), Heartbeat)
     master.send(Shutdown(is_done=False, reason="another worker was lost"))
     assert master.ended()[0] == 4
 
@@ -205,7 +209,7 @@ def test_a_refusal_is_a_config_error(master: Master):
 
 def test_a_shutdown_before_the_welcome_is_a_run_error(master: Master):
     master.start()
-    master.send(Shutdown(is_done=False, reason="another worker was lost"))
+    master.send(Shutdown(is_done=False, reason="another worker was lost"), linked=False)
     assert master.ended()[:2] == (0, "RunError the master is shutting down: another worker was lost\n")
 
 
@@ -219,8 +223,8 @@ def test_a_master_that_does_not_answer_is_named(master: Master):
 def test_a_lost_master_ends_the_process(master: Master):
     master.start("busy")
     master.send(welcome())
-    assert master.receive() == Heartbeat(run=RUN, epoch=EPOCH)
+    assert isinstance(master.receive(), Heartbeat)
     master.router.close(linger=0)
     code, _, err = master.ended()
     assert code == 3
-    assert "the master closed its connection, or fell silent: this worker ends" in err
+    assert "the master closed its connection, or fell silent, and did not come back: this worker ends" in err

@@ -2,6 +2,7 @@ import tracemalloc
 from typing import get_args
 
 import msgpack
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from trainmaster.system.rpc.commands import (
     Command,
     DatasetOpened,
     Done,
+    Echo,
+    Echoed,
     Example,
     Fetch,
     Fetched,
@@ -37,6 +40,9 @@ from trainmaster.system.rpc.commands import (
     Transfer,
 )
 from trainmaster.system.rpc.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Executing,
     Failure,
     Heartbeat,
     Lane,
@@ -75,6 +81,7 @@ redistributes = st.builds(Redistribute, tag=counts, sends=tuples(parcels, 2), re
 hooks = st.one_of(redistributes, st.builds(Save, model=text, directory=text))
 commands = st.one_of(
     st.just(HostStore()),
+    st.just(Echo()),
     st.builds(JoinGroups, store_host=text, store_port=integers),
     st.builds(LoadModel, model=text),
     st.builds(OpenDataset, graph=text),
@@ -93,6 +100,7 @@ commands = st.one_of(
 means = st.builds(Mean, total=st.floats(allow_nan=False), weight=st.floats(-1e300, 1e300))
 results = st.one_of(
     st.just(Done()),
+    st.just(Echoed()),
     st.builds(StoreAddress, host=text, port=integers),
     st.builds(ModelLoaded, num_parameters=counts),
     st.builds(DatasetOpened, num_sequences=counts, num_tokens=counts, longest=counts, longest_id=text),
@@ -119,9 +127,21 @@ outcomes = st.one_of(
 )
 MESSAGES = {
     Register: st.builds(
-        Register, protocol=integers, host=text, pid=integers, incarnation=text, address=text, code_digest=text
+        Register,
+        run=text,
+        epoch=counts,
+        host=text,
+        pid=integers,
+        incarnation=text,
+        address=text,
+        devices=tuples(text),
+        versions=st.dictionaries(text, text, max_size=2),
+        code_digest=text,
     ),
-    Heartbeat: st.builds(Heartbeat, run=text, epoch=counts),
+    Heartbeat: st.builds(
+        Heartbeat, run=text, epoch=counts, executing=tuples(st.builds(Executing, id=counts, seconds=positive))
+    ),
+    Cancel: st.builds(Cancel, run=text, epoch=counts, id=counts),
     Reply: st.builds(
         Reply, run=text, epoch=counts, id=counts, outcome=outcomes, seconds=st.dictionaries(text, positive, max_size=2)
     ),
@@ -135,6 +155,7 @@ MESSAGES = {
         overrides=tuples(text),
         experiment_digest=text,
         log_directory=text,
+        orphan_s=positive,
     ),
     Refuse: st.builds(Refuse, reason=text),
     Ping: st.just(Ping()),
@@ -151,6 +172,7 @@ MESSAGES = {
     ),
     Shutdown: st.builds(Shutdown, reason=text),
 }
+OURS = codec.Envelope(epoch=3).encode()
 COLUMN = KeyColumn(dtype="int64", lengths=(3, 4), trailing=(2,))
 REQUEST = Request(
     run="first",
@@ -168,14 +190,19 @@ REQUEST = Request(
 )
 
 
+def echo(arrays: list[np.ndarray]) -> Request:
+    command = Echo(content=tuple(arrays))
+    return Request(run="first", epoch=1, id=5, lane=Lane.COMPUTE, deadline_s=60.0, command=command)
+
+
 def body_of(message: Message) -> bytes:
-    header, body = codec.encode(message)
-    assert header == codec.HEADER
+    (body,) = codec.encode_body(message)
+    assert isinstance(body, bytes)
     return body
 
 
 def decoded(body: bytes) -> Message:
-    return codec.decode([codec.HEADER, body])
+    return codec.decode_body([body])
 
 
 def test_every_type_of_the_unions_is_tried():
@@ -188,7 +215,7 @@ def test_every_type_of_the_unions_is_tried():
 @settings(max_examples=60)
 @given(st.one_of(*MESSAGES.values()))
 def test_every_message_comes_back_as_it_was(message: Message):
-    back = codec.decode(codec.encode(message))
+    back = codec.decode_body(codec.encode_body(message))
     assert type(back) is type(message)
     assert back == message
 
@@ -197,13 +224,13 @@ def test_a_loss_that_is_not_finite_travels():
     mean = Mean(total=float("inf"), weight=1.0)
     outcome = Success(result=CallDone(statistics={"loss": mean}, version=1))
     reply = Reply(run="first", epoch=1, id=1, outcome=outcome, seconds={})
-    assert codec.decode(codec.encode(reply)) == reply
+    assert codec.decode_body(codec.encode_body(reply)) == reply
 
 
 def test_text_that_is_no_unicode_travels_escaped():
     """A file name that is no UTF-8 gets into an exception's text, and a worker must be able to report it."""
     outcome = Failure(kind="OSError", message="caf\udce9", traceback="")
-    back = codec.decode(codec.encode(Reply(run="first", epoch=1, id=1, outcome=outcome, seconds={})))
+    back = codec.decode_body(codec.encode_body(Reply(run="first", epoch=1, id=1, outcome=outcome, seconds={})))
     assert isinstance(back, Reply)
     assert isinstance(back.outcome, Failure)
     assert back.outcome.message == "caf\\udce9"
@@ -328,27 +355,101 @@ def test_a_field_of_another_kind_is_a_protocol_error(path: tuple[object, ...], f
         decoded(mutated(path, "set", field, value))
 
 
-@pytest.mark.parametrize("num_frames", [0, 1, 3])
-def test_a_message_has_two_frames(num_frames: int):
-    frames = [codec.HEADER, body_of(Ping()), b""][:num_frames]
+def enveloped(body: codec.Body, envelope: codec.Envelope) -> codec.Body:
+    return [envelope.encode(), *body]
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 3 + codec.MAX_ARRAYS])
+def test_a_message_has_a_bounded_number_of_frames(num_frames: int):
+    frames = enveloped([b""] * (2 + codec.MAX_ARRAYS), codec.Envelope(epoch=3))[:num_frames]
     with pytest.raises(ProtocolError, match=f"{num_frames} frames where a message has 2"):
         codec.decode(frames)
 
 
-@pytest.mark.parametrize(
-    "header", [b"", b"OTHER", codec.HEADER[:-1], codec.HEADER + b"\0", b"TRAINMASTER\xff\xff", b"x" * 1000]
-)
-def test_another_header_is_refused(header: bytes):
-    with pytest.raises(ProtocolError, match="another program, or another version of Trainmaster"):
-        codec.decode([header, body_of(Ping())])
+@given(st.integers(0, 2**16 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_an_envelope_comes_back_as_it_was(version: int, epoch: int, order: int, received: int):
+    envelope = codec.Envelope(epoch=epoch, order=order, received=received, version=version)
+    assert codec.Envelope.decode(enveloped([b""], envelope)) == envelope
+
+
+@pytest.mark.parametrize("first", [b"", b"OTHER", OURS[:-1], OURS + b"\0", b"GET / HTTP/1.1\r\n", b"x" * len(OURS)])
+def test_another_envelope_is_refused(first: bytes):
+    with pytest.raises(ProtocolError, match="another program's"):
+        codec.decode([first, body_of(Ping())])
+
+
+def test_a_message_of_another_version_is_not_read():
+    with pytest.raises(ProtocolError, match=f"protocol version 99, not {PROTOCOL_VERSION}"):
+        codec.decode(enveloped([b"whatever"], codec.Envelope(epoch=0, version=99)))
 
 
 def test_a_body_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(codec, "MAX_BODY_BYTES", 20)
-    with pytest.raises(ProtocolError, match="a body of 21 bytes is over the limit of 20"):
-        codec.decode([codec.HEADER, bytes(21)])
-    with pytest.raises(ProtocolError, match=r"a refuse message of \d+ bytes is over the limit of 20"):
-        codec.encode(Refuse(reason="x" * 30))
+    with pytest.raises(ProtocolError, match="a frame of 21 bytes is over the limit of 20"):
+        decoded(bytes(21))
+    with pytest.raises(ProtocolError, match=r"a refuse message of \d+ bytes and 0 arrays is over the limits of 20"):
+        codec.encode_body(Refuse(reason="x" * 30))
+
+
+def test_arrays_travel_in_frames_of_their_own():
+    made = [
+        np.zeros((0, 3), "int64"),
+        np.array(True),
+        np.arange(24, dtype="float16").reshape(2, 3, 4),
+        np.arange(10, dtype="uint64")[::2],
+        *(np.ones(3, dtype) for dtype in sorted(codec.DTYPES)),
+    ]
+    body = codec.encode_body(echo(made))
+    assert [len(frame) for frame in body[1:]] == [array.nbytes for array in made]
+    back = codec.decode_body(body)
+    assert isinstance(back, Request)
+    assert isinstance(back.command, Echo)
+    for was, came in zip(made, back.command.content, strict=True):
+        assert (came.dtype, came.shape) == (was.dtype, was.shape)
+        assert np.array_equal(came, was)
+
+
+def test_arrays_are_not_copied():
+    array = np.arange(1000)
+    body = codec.encode_body(echo([array]))
+    assert np.shares_memory(np.frombuffer(body[1], np.uint8), array)
+    back = codec.decode_body(body)
+    assert isinstance(back, Request)
+    assert isinstance(back.command, Echo)
+    assert np.shares_memory(back.command.content[0], array)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        ([0, "float32", [2]], "in 4 bytes"),
+        ([0, "float32", [-1]], "shape"),
+        ([0, "float32", [True]], "shape"),
+        ([0, "float32", [1] * 9], "exceeds max_array_len"),
+        ([0, "object", [1]], "an array of 'object'"),
+        ([0, 3, [1]], "an array of 3"),
+        ([1, "float32", [1]], "where 0 is next"),
+        ([-1, "float32", [1]], "where 0 is next"),
+        ([0, "float32", [2**62, 4]], "in 4 bytes"),
+        ([0, "float32"], "not \\(frame, dtype, shape"),
+        ("x", "not \\(frame, dtype, shape"),
+    ],
+)
+def test_an_array_that_is_not_what_its_frame_holds_is_refused(array: object, message: str):
+    content = msgpack.unpackb(body_of(echo([])))
+    content["command"]["content"] = [msgpack.ExtType(1, msgpack.packb(array))]
+    with pytest.raises(ProtocolError, match=message):
+        codec.decode_body([msgpack.packb(content), bytes(4)])
+
+
+def test_every_frame_is_read_and_none_twice():
+    body = codec.encode_body(echo([np.ones(3)]))
+    with pytest.raises(ProtocolError, match="2 arrays came, 1 are in the message"):
+        codec.decode_body([*body, b""])
+    with pytest.raises(ProtocolError, match="an array in frame 0 of 0"):
+        codec.decode_body(body[:1])
+    with pytest.raises(ProtocolError, match="limits of"):
+        codec.encode_body(echo([np.ones(1)] * (codec.MAX_ARRAYS + 1)))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,10 @@ import asyncio
 import signal
 import socket
 import sys
+import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from trainmaster.api.errors import (
     DeadlineExceeded,
     ModelError,
     RemoteError,
+    RunError,
     TrainmasterError,
     WorkerLost,
 )
@@ -24,6 +28,7 @@ from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc.commands import Done, HostStore, ModelLoaded, Release, Save, ShardFile
 from trainmaster.system.rpc.messages import (
     PROTOCOL_VERSION,
+    Cancel,
     Failure,
     Heartbeat,
     Lane,
@@ -38,36 +43,50 @@ from trainmaster.system.rpc.messages import (
     Welcome,
 )
 from trainmaster.system.rpc.server import Answer, Server
+from wire import Wire
 
 RUN, EPOCH, DIGEST = "first", 3, "digest"
 ALMOST_NO_TIME_S = 0.02
+OURS = codec.Envelope(epoch=EPOCH).encode()
 
 
 @pytest.fixture(autouse=True)
 def _quick_heart(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
+    monkeypatch.setattr(server_module, "_LATE_GRACE_S", ALMOST_NO_TIME_S)
+    monkeypatch.setattr(server_module, "_RECONNECT_S", 0.1)
 
 
 class FakeWorker:
     """A worker's socket."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.connect(address)
+        self._context, self._address = context, address
+        self._identity = uuid.uuid4().hex.encode()
+        self.wire = Wire(EPOCH)
+        self._delivered: deque[Message] = deque()
+        self.connect()
+
+    def connect(self) -> None:
+        """A new connection of the same worker."""
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, self._identity)
+        self.socket.connect(self._address)
 
     async def send(self, message: Message) -> None:
-        await self.socket.send_multipart(codec.encode(message))
+        await self.socket.send_multipart(self.wire.pack(message))
 
     async def ping(self) -> None:
         """Waits for a ping, which comes to registered workers."""
-        assert codec.decode(await self.socket.recv_multipart()) == Ping()
+        assert self.wire.unpack(await self.socket.recv_multipart()) == [Ping()]
 
     async def receive(self) -> Message:
         """The next message that is not a ping."""
         while True:
-            message = codec.decode(await self.socket.recv_multipart())
-            if not isinstance(message, Ping):
-                return message
+            while self._delivered:
+                if not isinstance(message := self._delivered.popleft(), Ping):
+                    return message
+            self._delivered += self.wire.unpack(await self.socket.recv_multipart())
 
     async def answer(self, request: Message, outcome: Success | Failure, **changes: object) -> None:
         assert isinstance(request, Request)
@@ -75,9 +94,16 @@ class FakeWorker:
         await self.send(Reply(outcome=outcome, **fields))
 
 
-def register(host: str = "here", pid: int = 7, protocol: int = PROTOCOL_VERSION, digest: str = DIGEST) -> Register:
+def register(host: str = "here", pid: int = 7, digest: str = DIGEST, epoch: int = 0) -> Register:
     return Register(
-        protocol=protocol, host=host, pid=pid, incarnation=str(pid), address="127.0.0.1", code_digest=digest
+        run=RUN if epoch else "",
+        epoch=epoch,
+        host=host,
+        pid=pid,
+        incarnation=str(pid),
+        address="127.0.0.1",
+        versions={},
+        code_digest=digest,
     )
 
 
@@ -91,6 +117,7 @@ def welcome(rank: int) -> Welcome:
         overrides=(),
         experiment_digest="",
         log_directory="",
+        orphan_s=1.0,
     )
 
 
@@ -156,20 +183,27 @@ def test_ranks_go_by_order_of_registration_with_hosts_side_by_side(tmp_path: Pat
     with_server(tmp_path, scenario, num_workers=3)
 
 
-@pytest.mark.parametrize(
-    ("sent", "reason"),
-    [
-        (register(protocol=99), f"the worker speaks protocol 99, the master {PROTOCOL_VERSION}: install one version"),
-        (register(digest="other"), "the worker's experiment file differs from the master's: copy the same file"),
-    ],
-)
-def test_a_worker_that_does_not_fit_is_refused(tmp_path: Path, sent: Register, reason: str):
+def test_a_worker_with_another_file_is_refused(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = connect()
-        await worker.send(sent)
+        await worker.send(register(digest="other"))
         answer = await worker.receive()
         assert isinstance(answer, Refuse)
-        assert answer.reason.startswith(reason)
+        assert answer.reason.startswith("the worker's experiment file differs from the master's: copy the same file")
+        await welcomed(server, connect)
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_worker_of_another_version_is_refused_in_its_own(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = connect()
+        theirs = codec.Envelope(epoch=0, version=99).encode()
+        await worker.socket.send_multipart([theirs, b"a registration that only they can read"])
+        envelope, body = await worker.socket.recv_multipart()
+        assert codec.Envelope.decode([envelope, body]).version == 99
+        reason = f"the worker speaks protocol 99, the master {PROTOCOL_VERSION}: install the same"
+        assert codec.decode_body([body]) == Refuse(reason=reason)
         await welcomed(server, connect)
 
     with_server(tmp_path, scenario)
@@ -318,7 +352,11 @@ def test_a_request_that_was_given_up_is_no_loss(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = await welcomed(server, connect)
         submit(server).cancel()
-        await worker.answer(await worker.receive(), Success(result=Done()))
+        await asyncio.sleep(0)
+        request = await worker.receive()
+        assert isinstance(request, Request)
+        await worker.answer(request, Success(result=Done()))
+        assert await worker.receive() == Cancel(run=RUN, epoch=EPOCH, id=request.id)
         after = submit(server)
         await worker.answer(await worker.receive(), Success(result=Done()))
         await after
@@ -326,7 +364,7 @@ def test_a_request_that_was_given_up_is_no_loss(tmp_path: Path):
     with_server(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("frames", [[b""], [b"x", b"y"], [codec.HEADER, b"\xc1"], [codec.HEADER, b"", b""]])
+@pytest.mark.parametrize("frames", [[b""], [b"x", b"y"], [OURS, b"\xc1"], [OURS, b"", b""], [OURS] * 100])
 def test_garbage_is_dropped(tmp_path: Path, frames: list[bytes]):
     async def scenario(server: Server, connect: Connect) -> None:
         stranger = connect()
@@ -346,7 +384,7 @@ def test_a_worker_that_sends_what_cannot_be_read_is_lost(tmp_path: Path):
         worker = await welcomed(server, connect)
         future = submit(server)
         await worker.socket.send_multipart([b"x", b"y"])
-        with pytest.raises(WorkerLost, match=r"worker 0 .* sent what cannot be read \(header b'x'"):
+        with pytest.raises(WorkerLost, match=r"worker 0 .* sent what cannot be read \(an envelope of 1"):
             await future
 
     with_server(tmp_path, scenario)
@@ -423,7 +461,7 @@ while True:
 
 def test_a_stopped_process_is_lost(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
-        frames = [frame.hex() for frame in codec.encode(register())]
+        frames = [frame.hex() for frame in Wire(EPOCH).pack(register())]
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", STOPPED, server.address, *frames, stdout=asyncio.subprocess.PIPE
         )
@@ -474,7 +512,7 @@ def test_a_killed_process_is_a_lost_worker(tmp_path: Path):
         "while True:\n"
         "    socket.recv_multipart()\n"
     )
-    frames = [frame.hex() for frame in codec.encode(register(pid=99))]
+    frames = [frame.hex() for frame in Wire(EPOCH).pack(register(pid=99))]
 
     async def scenario(server: Server, _: Connect) -> None:
         process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, server.address, *frames)
@@ -489,6 +527,115 @@ def test_a_killed_process_is_a_lost_worker(tmp_path: Path):
             if process.returncode is None:
                 process.kill()
             await process.wait()
+
+    with_server(tmp_path, scenario)
+
+
+# -- connections that break, and epochs ------------------------------------------------------------------------------
+
+
+def test_a_worker_whose_connection_comes_back_gets_what_it_missed_once(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        futures = [submit(server) for _ in range(3)]
+        first = await worker.receive()
+        worker.socket.close(linger=0)
+        worker.connect()
+        await worker.send(register(epoch=EPOCH))
+        requests = [first, await worker.receive(), await worker.receive()]
+        for request in requests:
+            await worker.answer(request, Success(result=Done()))
+        await asyncio.gather(*futures)
+        assert len({request.id for request in requests}) == 3
+        assert not server.lost.done()
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_welcome_that_was_missed_is_said_again(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        await worker.send(register())
+        assert isinstance(await worker.receive(), Welcome)
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_repeated_reply_counts_once(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        futures = [submit(server), submit(server)]
+        ids = [(await worker.receive()).id for _ in futures]
+        replies = [
+            worker.wire.pack(
+                Reply(
+                    run=RUN, epoch=EPOCH, id=each, outcome=Success(result=ModelLoaded(num_parameters=each)), seconds={}
+                )
+            )
+            for each in ids
+        ]
+        for frames in (replies[1], replies[1], replies[0], replies[0]):  # out of order too
+            await worker.socket.send_multipart(frames)
+        assert [(await future).success.result.num_parameters for future in futures] == ids
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_worker_that_was_given_up_is_fenced(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        worker.socket.close(linger=0)
+        with pytest.raises(WorkerLost):
+            await server.lost
+        worker.connect()
+        await worker.send(register(epoch=EPOCH))
+        assert await worker.receive() == Refuse(reason="it was given up as lost")
+
+    with_server(tmp_path, scenario)
+
+
+def test_after_a_loss_the_others_go_on_in_a_new_epoch(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        stays, leaves = connect(), connect()
+        for worker, pid in ((leaves, 1), (stays, 2)):
+            await worker.send(register(pid=pid))
+            await worker.ping()
+        await server.workers(5)
+        server.welcome(welcome)
+        assert [(await worker.receive()).rank for worker in (leaves, stays)] == [0, 1]
+        stale = submit(server, rank=1)
+        old = await stays.receive()
+        leaves.socket.close(linger=0)
+        with pytest.raises(WorkerLost, match=r"worker 0 \(pid 1"):
+            await server.lost
+
+        server.next_epoch()
+        assert stale.cancelled()
+        comes = connect()
+        await comes.send(register(pid=3))
+        assert [each.pid for each in await server.workers(5)] == [2, 3]
+        server.welcome(lambda rank: replace(welcome(rank), epoch=server.epoch))
+        for worker in (stays, comes):
+            assert (await worker.receive()).epoch == EPOCH + 1
+        await stays.answer(old, Success(result=ModelLoaded(num_parameters=666)))  # of the old epoch, on the old link
+        stays.wire, comes.wire = Wire(EPOCH + 1), Wire(EPOCH + 1)
+        futures = [submit(server, rank=0), submit(server, rank=1)]
+        for worker in (stays, comes):
+            await worker.answer(await worker.receive(), Success(result=Done()), epoch=EPOCH + 1)
+        assert [answer.success.result for answer in await asyncio.gather(*futures)] == [Done(), Done()]
+
+    with_server(tmp_path, scenario, num_workers=2)
+
+
+def test_too_many_requests_that_wait_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "MAX_PENDING", 3)
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        await welcomed(server, connect)
+        for _ in range(3):
+            submit(server)
+        with pytest.raises(RunError, match=r"worker 0 .* has 3 requests that wait for replies, and release of a would"):
+            submit(server)
 
     with_server(tmp_path, scenario)
 

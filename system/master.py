@@ -82,7 +82,7 @@ async def _run(loaded: LoadedExperiment, address: str) -> None:
         with ProgressLine() as progress:
             async with server, asyncio.TaskGroup() as group:
                 watch = group.create_task(_watch(server), name="watch")
-                await _train(loaded, server, directory, metrics, progress)
+                await run_epoch(loaded, server, directory, metrics, progress)
                 watch.cancel()
     finally:
         metrics.close()
@@ -93,9 +93,10 @@ async def _watch(server: Server) -> None:
     await asyncio.shield(server.lost)
 
 
-async def _train(
+async def run_epoch(
     loaded: LoadedExperiment, server: Server, directory: Path, metrics: MetricsLog, progress: ProgressLine
 ) -> None:
+    """From workers that register to the last step. Raises `RunError` if a worker is lost on the way."""
     compiled, storage = loaded.compiled, Storage()
     cluster = Cluster(server, loaded)
     progress.note(f"{compiled.run.name}: waiting for {server.num_workers} workers at {server.address}")

@@ -75,12 +75,12 @@ class WorkerContext:
         """For everything that waits for other workers inside a call."""
         return timedelta(seconds=self.compiled.run.deadlines.call_s)
 
-    def abort_groups(self) -> None:
-        """Leaves all groups at once: what waits in one, here or at another member, fails."""
+    def leave_groups(self) -> None:
+        """Leaves all groups: whatever waits for this worker in one of them fails."""
         mine = [self.transfer, *(group for groups in self.groups.values() for group in groups.all)]
         for group in mine:
             if group is not None:
-                group.abort()
+                group.leave()
 
     def join_groups(self, host: str, port: int) -> None:
         """Forms this worker's groups. All workers do so at once, in the same order of groups."""

@@ -123,12 +123,12 @@ class Handlers:
                 assert_never(command)
 
     def abandon(self) -> None:
-        """The epoch is over: whatever waits for another worker fails. Safe from any thread."""
-        self._context.abort_groups()
+        """The epoch is over: whatever waits for this worker fails. Safe from any thread."""
+        self._context.leave_groups()
 
     def close(self) -> None:
         """Leaves the epoch: groups, models, data, function processes."""
-        self._context.abort_groups()
+        self._context.leave_groups()
         for function in self._functions.values():
             function.close()
         self._shards.clear()

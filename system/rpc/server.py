@@ -229,6 +229,11 @@ class Server:
             peer.rank = rank
         return [peer.register for peer in self._ranks]
 
+    @property
+    def registered(self) -> list[Register]:
+        """Workers that are there, in the order in which they came."""
+        return [peer.register for peer in self._peers.values()]
+
     def welcome(self, make: Callable[[int], Welcome]) -> None:
         """Sends every worker its welcome."""
         for rank, peer in enumerate(self._ranks):

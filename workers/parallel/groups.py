@@ -37,7 +37,7 @@ class Sending:
             self.work.wait(self.group.deadline)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Group:
     """The members of one process group; peers are named by their index among the members."""
 
@@ -46,7 +46,7 @@ class Group:
     """Ranks, in order."""
     index: int
     """This worker's place among the members."""
-    backend: Any  # torch's backends share no public base class
+    backend: Any  # torch's backends share no public base class; None once the group was left
     deadline: timedelta
 
     @property
@@ -56,21 +56,26 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums in place over all members."""
         with self.named("all_reduce"):
-            self.backend.allreduce([tensor]).wait(self.deadline)
+            self._live().allreduce([tensor]).wait(self.deadline)
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Sending:
         """Starts to send a contiguous tensor. The receiver must ask for the same shape, type and tag."""
         with self.named("send"):
-            return Sending(tensor, self.backend.send([tensor], to, tag), self)
+            return Sending(tensor, self._live().send([tensor], to, tag), self)
 
     def receive(self, tensor: Tensor, source: int, tag: int) -> None:
         """Receives into a contiguous tensor, and waits for it."""
         with self.named("receive"):
-            self.backend.recv([tensor], source, tag).wait(self.deadline)
+            self._live().recv([tensor], source, tag).wait(self.deadline)
 
-    def abort(self) -> None:
-        """Closes the connections: whatever waits in this group fails, at every member."""
-        self.backend.abort()
+    def leave(self) -> None:
+        """Closes the connections as soon as nothing here waits on them: then whatever waits for us elsewhere fails."""
+        self.backend = None
+
+    def _live(self) -> Any:  # torch's backends share no public base class
+        if self.backend is None:
+            raise PeerLost(f"group {self.name} of workers {list(self.members)} was left")
+        return self.backend
 
     @contextmanager
     def named(self, what: str) -> Iterator[None]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..api.errors import PeerLost, RemoteError
-from .rpc.server import Answer, Server
+from .rpc.peer import Answer
+from .rpc.server import Server
 
 _CAUSE_GRACE_S = 3.0
 

@@ -33,7 +33,8 @@ from .rpc.commands import (
     Transfer,
 )
 from .rpc.messages import Lane
-from .rpc.server import Answer, Server
+from .rpc.peer import Answer
+from .rpc.server import Server
 from .storage import Storage
 
 DATA_RANK = 0

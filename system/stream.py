@@ -9,7 +9,8 @@ from .dispatch import settle
 from .executor import DATA_RANK
 from .rpc.commands import Fetch, Fetched
 from .rpc.messages import Lane
-from .rpc.server import Answer, Server
+from .rpc.peer import Answer
+from .rpc.server import Server
 from .storage import Storage
 
 

@@ -19,7 +19,6 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,12 +27,8 @@ import zmq
 
 from ...api.errors import (
     ConfigError,
-    DataError,
     DeadlineExceeded,
-    ModelError,
     ProtocolError,
-    RemoteError,
-    RewardError,
     RunError,
     WorkerLost,
 )
@@ -44,7 +39,6 @@ from .messages import (
     HEARTBEAT_S,
     PROTOCOL_VERSION,
     Cancel,
-    Executing,
     Failure,
     Heartbeat,
     Lane,
@@ -59,6 +53,7 @@ from .messages import (
     Welcome,
     stacks_name,
 )
+from .peer import Answer, Peer, Pending, late_message, raised
 
 logger = logging.getLogger(__name__)
 
@@ -73,47 +68,6 @@ _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
 MAX_PENDING = 2**16
 """The most requests of one worker that wait for replies: who submits more has lost count."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A successful reply: its outcome, and seconds by command and hook type."""
-
-    success: Success
-    seconds: dict[str, float]
-
-
-@dataclass(slots=True)
-class _Pending:
-    name: str
-    start_s: float
-    deadline_s: float
-    future: asyncio.Future[Answer]
-    timer: asyncio.TimerHandle
-
-
-@dataclass(slots=True)
-class Peer:
-    """A registered worker."""
-
-    route: bytes
-    register: Register
-    last_heard_s: float
-    rank: int | None = None
-    link: Link[codec.Body] = field(default_factory=Link)
-    welcome: Welcome | None = None
-    """What it was told, or is still to hear. A worker sends heartbeats from its welcome on."""
-    responsive: bool = True
-    gone: asyncio.TimerHandle | None = None
-    """Its connection closed, and may come back until then."""
-    executing: tuple[Executing, ...] = ()
-    """What its last heartbeat said it was at."""
-    pending: dict[int, _Pending] = field(default_factory=dict)
-    lost: RunError | None = None
-
-    def __str__(self) -> str:
-        name = "a worker" if self.rank is None else f"worker {self.rank}"
-        return f"{name} (pid {self.register.pid} on {self.register.host})"
 
 
 class Server:
@@ -277,7 +231,7 @@ class Server:
             future.set_exception(peer.lost)
             return future
         timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, self._late, peer, identity)
-        peer.pending[identity] = _Pending(name, self._loop.time(), deadline_s, future, timer)
+        peer.pending[identity] = Pending(name, self._loop.time(), deadline_s, future, timer)
         future.add_done_callback(lambda done: self._cancel(peer, identity) if done.cancelled() else None)
         request = Request(
             run=self.run,
@@ -453,7 +407,7 @@ class Server:
             case Success() as success:
                 pending.future.set_result(Answer(success, reply.seconds))
             case Failure() as failure:
-                pending.future.set_exception(_raised(f"{pending.name} on {peer}", failure))
+                pending.future.set_exception(raised(f"{pending.name} on {peer}", failure))
 
     # -- time -----------------------------------------------------------------------------------------------------
 
@@ -485,7 +439,7 @@ class Server:
         """For a worker that could not even end itself."""
         pending = peer.pending.pop(identity)
         if not pending.future.done():
-            pending.future.set_exception(DeadlineExceeded(_late_message(peer, pending)))
+            pending.future.set_exception(DeadlineExceeded(late_message(peer, pending)))
 
     def _lose(self, peer: Peer, cause: str) -> None:
         if self._peers.get(peer.route) is not peer:
@@ -511,21 +465,6 @@ class Server:
         overdue = [pending for pending in peer.pending.values() if now_s >= pending.start_s + pending.deadline_s]
         stacks = self._log_directory / stacks_name(peer.register)
         if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
-            return DeadlineExceeded(f"{_late_message(peer, overdue[0])}. It was here ({stacks}):\n{text}")
+            return DeadlineExceeded(f"{late_message(peer, overdue[0])}. It was here ({stacks}):\n{text}")
         during = ", ".join(dict.fromkeys(pending.name for pending in peer.pending.values()))
         return WorkerLost(f"{peer} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
-
-
-def _late_message(peer: Peer, pending: _Pending) -> str:
-    return f"{pending.name} on {peer} took longer than its {pending.deadline_s:g} s (run.deadlines)"
-
-
-def _raised(where: str, failure: Failure) -> Exception:
-    """The error that a worker reported: a user's mistake as itself, anything else as `RemoteError`."""
-    if failure.field is not None:
-        kind = DataError if failure.kind == DataError.__name__ else ConfigError
-        return kind(failure.field, failure.value, failure.rule, failure.cure)
-    for telling in (ModelError, RewardError):  # messages that say it all
-        if failure.kind == telling.__name__:
-            return telling(failure.message)
-    return RemoteError(where, failure.kind, failure.message, failure.traceback)

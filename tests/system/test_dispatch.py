@@ -6,7 +6,7 @@ from trainmaster.system import dispatch
 from trainmaster.system.dispatch import settle
 from trainmaster.system.rpc.commands import Done
 from trainmaster.system.rpc.messages import Success
-from trainmaster.system.rpc.server import Answer
+from trainmaster.system.rpc.peer import Answer
 
 ANSWER = Answer(Success(result=Done()), {})
 SYMPTOM = RemoteError("call train on worker 0", "PeerLost", "connection closed by peer", "Traceback ...")

@@ -42,7 +42,8 @@ from trainmaster.system.rpc.messages import (
     Success,
     Welcome,
 )
-from trainmaster.system.rpc.server import Answer, Server
+from trainmaster.system.rpc.peer import Answer
+from trainmaster.system.rpc.server import Server
 from wire import Wire
 
 RUN, EPOCH, DIGEST = "first", 3, "digest"

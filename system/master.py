@@ -99,7 +99,7 @@ async def run_epoch(
     """From workers that register to the last step. Raises `RunError` if a worker is lost on the way."""
     compiled, storage = loaded.compiled, Storage()
     cluster = Cluster(server, loaded)
-    progress.note(f"{compiled.run.name}: waiting for {server.num_workers} workers at {server.address}")
+    progress.note(f"{compiled.run.name}: waiting for {compiled.num_workers} workers at {server.address}")
     workers = await cluster.assemble(directory / "logs")
     opened = await cluster.open_dataset(compiled.training)
     cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)

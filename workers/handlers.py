@@ -128,7 +128,7 @@ class Handlers:
 
     def close(self) -> None:
         """Leaves the epoch: groups, models, data, function processes."""
-        self._context.leave_groups()
+        self.abandon()
         for function in self._functions.values():
             function.close()
         self._shards.clear()
@@ -148,8 +148,7 @@ class Handlers:
         written = write_stage(shard.stage, directory)
         if shard.stage.is_first:
             write_config(shard.stage, directory)
-            model = shard.placed.model
-            load_tokenizer(model.tokenizer_path, f"{shard.placed.field}.tokenizer").save_pretrained(str(directory))
+            self._tokenizer(hook.model).save_pretrained(str(directory))
         return ShardFile(file=written.name, tensors=written.tensors, size_bytes=written.total_size_bytes)
 
     def _load_model(self, role: str) -> ModelLoaded:
@@ -180,21 +179,26 @@ class Handlers:
             vocabulary = min(vocabulary, words)
         limits, seed = Limits(max_tokens, vocabulary), self._context.compiled.run.seed
         prompts_each = graph.sequences_per_row if "prompt" in graph.dataset_keys else None
-        return SequenceSource(fed.dataset_field, fed.dataset, self._tokenizer(graph), limits, seed, prompts_each)
+        return SequenceSource(fed.dataset_field, fed.dataset, self._tokenizer_of(graph), limits, seed, prompts_each)
 
-    def _tokenizer(self, graph: Graph) -> PreTrainedTokenizerBase:
+    def _tokenizer_of(self, graph: Graph) -> PreTrainedTokenizerBase:
         """Of the graph's first model; all models of a graph read the same tokens."""
-        placed = self._context.compiled.models[graph.model_calls[0].model]
-        tokenizer = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
-        check_reload(tokenizer, config_of(placed.model), f"{placed.field}.tokenizer")
-        return tokenizer
+        return self._tokenizer(graph.model_calls[0].model)
+
+    def _tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        if role not in self._tokenizers:
+            placed = self._context.compiled.models[role]
+            tokenizer = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
+            check_reload(tokenizer, config_of(placed.model), f"{placed.field}.tokenizer")
+            self._tokenizers[role] = tokenizer
+        return self._tokenizers[role]
 
     def _open_function(self, command: OpenFunction) -> Done:
         graph = self._context.compiled.graphs[command.graph].graph
         call = graph.call(command.call)
         assert isinstance(call, FunctionCall), "the master opens function calls"
         self._functions[command.graph, command.call] = FunctionRunner(
-            call, self._file, self._tokenizer(graph), self._sources[command.graph], self._context.store
+            call, self._file, self._tokenizer_of(graph), self._sources[command.graph], self._context.store
         )
         return Done()
 
@@ -273,10 +277,7 @@ class Handlers:
 
     def _stop_ids(self, call: ModelFunctionCall, sampling: Sampling) -> list[int]:
         """Of end-of-sequence and of the stop tokens. Raises `ConfigError` for one that the tokenizer has not."""
-        if call.model not in self._tokenizers:
-            placed = self._context.compiled.models[call.model]
-            self._tokenizers[call.model] = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
-        tokenizer = self._tokenizers[call.model]
+        tokenizer = self._tokenizer(call.model)
         stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         vocabulary = tokenizer.get_vocab()
         for token in sampling.stop_tokens:

@@ -53,13 +53,7 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         code_digest=file.code_digest,
     )
-    worker: Worker | None = None
-
-    def on_epoch(_: Welcome) -> None:
-        if worker is not None:
-            worker.abandon()
-
-    client = Client(master, register, on_epoch)
+    client = Client(master, register)
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
@@ -76,8 +70,7 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
             )
         return Handlers(welcome, loaded, register.address)
 
-    worker = Worker(client, set_up, Alarm(Path(welcome.log_directory) / stacks_name(register)))
-    worker.run()
+    Worker(client, set_up, Alarm(Path(welcome.log_directory) / stacks_name(register))).run()
     client.close()
     return 0 if client.shutdown is not None and client.shutdown.is_done else EXIT_RUN_FAILED
 
@@ -90,6 +83,7 @@ class Worker:
         self._handlers: Handlers | None = None
         self._epoch = 0
         self._setting_up = threading.Lock()
+        client.on_epoch = self._abandon
 
     def run(self) -> None:
         lanes = [
@@ -103,7 +97,7 @@ class Worker:
         for thread in lanes:
             thread.join()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Has whatever waits for workers of an old epoch fail. Safe from any thread."""
         if self._handlers is not None:
             self._handlers.abandon()

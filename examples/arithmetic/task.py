@@ -6,6 +6,7 @@ leading zeros, because every digit then has a place of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -13,7 +14,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "generated"
+FOLDER = Path(__file__).parent / "generated" / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+"""Another task, another folder."""
 TRAIN, HELD_OUT, TOKENIZER = FOLDER / "train.jsonl", FOLDER / "held_out.jsonl", FOLDER / "tokenizer"
 CHARACTERS = "0123456789+= "
 NUM_HELD_OUT = 400
@@ -39,7 +41,7 @@ def write_all() -> None:
     """Makes data and tokenizer, unless they are there. Safe in several processes at once: each file appears whole."""
     if all(path.exists() for path in (TRAIN, HELD_OUT, TOKENIZER)):
         return
-    FOLDER.mkdir(exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     problems = [(a, b) for a in range(100) for b in range(100)]
     random.Random(0).shuffle(problems)
     _appear(HELD_OUT, lambda path: _write_rows(path, problems[:NUM_HELD_OUT]))

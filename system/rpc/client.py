@@ -60,14 +60,13 @@ class _Queued:
 
 
 class Client:
-    """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`.
+    """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`."""
 
-    `on_epoch` is called on the I/O thread when the master begins another epoch: what is under way in the old one is to
-    end, for its other members may be gone. Requests of the new one follow.
-    """
-
-    def __init__(self, master: str, register: Register, on_epoch: Callable[[Welcome], None] | None = None) -> None:
-        self._master, self._register, self._on_epoch = master, register, on_epoch
+    def __init__(self, master: str, register: Register) -> None:
+        self._master, self._register = master, register
+        self.on_epoch: Callable[[], None] = lambda: None
+        """Called on the I/O thread when the master begins another epoch: what is under way in the old one is to end,
+        for its other members may be gone. Requests of the new one follow."""
         self._requests: dict[Lane, queue.SimpleQueue[_Queued | None]] = {lane: queue.SimpleQueue() for lane in Lane}
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown] = queue.SimpleQueue()
         self.current: Welcome | None = None
@@ -258,9 +257,9 @@ class Client:
         self._executing.clear()
         if is_first:
             self._answers.put(welcome)
-        elif self._on_epoch is not None:
+        else:
             logger.info("epoch %d begins: this worker is rank %d now", welcome.epoch, welcome.rank)
-            self._on_epoch(welcome)
+            self.on_epoch()
 
     def _obey(self, dealer: zmq.Socket[bytes], message: Message) -> None:
         """What comes through the link."""

@@ -1,14 +1,33 @@
-"""A worker as the master knows it: its connection, what it was asked, and what its failures mean."""
+"""Workers as the master knows them: who belongs to the run, what each was asked, and what its failures mean.
+
+Pure bookkeeping: nothing here sends anything.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ...api.errors import ConfigError, DataError, ModelError, RemoteError, RewardError, RunError
+from ...api.errors import (
+    ConfigError,
+    DataError,
+    DeadlineExceeded,
+    ModelError,
+    RemoteError,
+    RewardError,
+    RunError,
+    WorkerLost,
+)
 from . import codec
 from .link import Link
-from .messages import Executing, Failure, Register, Success, Welcome
+from .messages import HEARTBEAT_S, Executing, Failure, Register, Reply, Success, Welcome, stacks_name
+
+logger = logging.getLogger(__name__)
+
+_UNRESPONSIVE_HEARTBEATS = 3
+"""Without which a worker is marked, no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +72,118 @@ class Peer:
         name = "a worker" if self.rank is None else f"worker {self.rank}"
         return f"{name} (pid {self.register.pid} on {self.register.host})"
 
+    def describe(self) -> str:
+        """What it can do and with what."""
+        devices = ", ".join(self.register.devices) or "CPU only"
+        return "; ".join([devices, *(f"{name} {version}" for name, version in self.register.versions.items())])
 
-def late_message(peer: Peer, pending: Pending) -> str:
-    return f"{pending.name} on {peer} took longer than its {pending.deadline_s:g} s (run.deadlines)"
+    def heard(self, now_s: float) -> None:
+        if not self.responsive:
+            self.responsive = True
+            logger.warning("%s answers again after %.0f s", self, now_s - self.last_heard_s)
+        self.last_heard_s = now_s
+
+    def check_heartbeats(self, now_s: float) -> None:
+        """Marks a worker whose connection lives, but whose Python lets it send nothing."""
+        silent_s = now_s - self.last_heard_s
+        if self.welcome is None or not self.responsive or silent_s <= _UNRESPONSIVE_HEARTBEATS * HEARTBEAT_S:
+            return
+        self.responsive = False
+        at = {each.id for each in self.executing}
+        names = ", ".join(pending.name for identity, pending in self.pending.items() if identity in at)
+        logger.warning(
+            "%s is unresponsive%s: its interpreter is busy; its call's deadline is what counts",
+            self,
+            f" during {names}" if names else "",
+        )
+
+    def settle(self, reply: Reply) -> None:
+        """Passes an answer on to whoever waits for it."""
+        pending = self.forget(reply.id)
+        if pending is None or pending.future.done():  # the caller gave up on it
+            return
+        match reply.outcome:
+            case Success() as success:
+                pending.future.set_result(Answer(success, reply.seconds))
+            case Failure() as failure:
+                pending.future.set_exception(raised(f"{pending.name} on {self}", failure))
+
+    def expire(self, identity: int) -> None:
+        """For a worker that could not even end itself at its deadline."""
+        pending = self.forget(identity)
+        if pending is not None and not pending.future.done():
+            pending.future.set_exception(DeadlineExceeded(self._late(pending)))
+
+    def forget(self, identity: int) -> Pending | None:
+        """Waits for this reply no longer."""
+        pending = self.pending.pop(identity, None)
+        if pending is not None:
+            pending.timer.cancel()
+        return pending
+
+    def drop(self, error: RunError | None = None) -> None:
+        """Waits for no reply any longer: all fail with the error, or are cancelled."""
+        for identity in list(self.pending):
+            pending = self.forget(identity)
+            assert pending is not None, "taken from there"
+            if error is None:
+                pending.future.cancel()
+            elif not pending.future.done():
+                pending.future.set_exception(error)
+
+    def obituary(self, cause: str, now_s: float, log_directory: Path) -> RunError:
+        """What a lost worker died of. One that ended itself at a deadline left its stacks."""
+        overdue = [pending for pending in self.pending.values() if now_s >= pending.start_s + pending.deadline_s]
+        stacks = log_directory / stacks_name(self.register)
+        if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
+            return DeadlineExceeded(f"{self._late(overdue[0])}. It was here ({stacks}):\n{text}")
+        during = ", ".join(dict.fromkeys(pending.name for pending in self.pending.values()))
+        return WorkerLost(f"{self} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
+
+    def _late(self, pending: Pending) -> str:
+        return f"{pending.name} on {self} took longer than its {pending.deadline_s:g} s (run.deadlines)"
+
+
+class Roster:
+    """The run's workers by their routes, and by rank once all are there. Who was lost stays outside."""
+
+    def __init__(self, num_workers: int, code_digest: str) -> None:
+        self.num_workers, self._code_digest = num_workers, code_digest
+        self.peers: dict[bytes, Peer] = {}
+        self.by_rank: list[Peer] = []
+        self._fenced: set[bytes] = set()
+        """Routes of workers that were lost: what they do no longer counts."""
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.peers) == self.num_workers
+
+    def admit(self, peer: Peer) -> str | None:
+        """Takes a worker in, or returns why not."""
+        if peer.route in self._fenced:
+            return "it was given up as lost"
+        if peer.register.code_digest != self._code_digest:
+            return "the worker's experiment file differs from the master's: copy the same file to both"
+        if self.is_complete:
+            return f"the run has its {self.num_workers} workers already"
+        self.peers[peer.route] = peer
+        return None
+
+    def expel(self, peer: Peer) -> bool:
+        """Gives a worker up for good; whether it was one still."""
+        if self.peers.get(peer.route) is not peer:
+            return False
+        del self.peers[peer.route]
+        self._fenced.add(peer.route)
+        return True
+
+    def assign_ranks(self) -> None:
+        """In the order of registration, workers of one host side by side."""
+        peers = list(self.peers.values())
+        hosts = list(dict.fromkeys(peer.register.host for peer in peers))
+        self.by_rank = sorted(peers, key=lambda peer: hosts.index(peer.register.host))
+        for rank, peer in enumerate(self.by_rank):
+            peer.rank = rank
 
 
 def raised(where: str, failure: Failure) -> Exception:

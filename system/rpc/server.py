@@ -25,13 +25,7 @@ from typing import Any
 
 import zmq
 
-from ...api.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    ProtocolError,
-    RunError,
-    WorkerLost,
-)
+from ...api.errors import ConfigError, DeadlineExceeded, ProtocolError, RunError
 from . import codec
 from .commands import Command, Hook
 from .link import Link
@@ -39,7 +33,6 @@ from .messages import (
     HEARTBEAT_S,
     PROTOCOL_VERSION,
     Cancel,
-    Failure,
     Heartbeat,
     Lane,
     Message,
@@ -49,11 +42,9 @@ from .messages import (
     Reply,
     Request,
     Shutdown,
-    Success,
     Welcome,
-    stacks_name,
 )
-from .peer import Answer, Peer, Pending, late_message, raised
+from .peer import Answer, Peer, Pending, Roster
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +52,6 @@ _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for us to notice."""
 _LATE_GRACE_S = 1.0
 """For a worker to end itself at a deadline, and for us to learn of it."""
-_UNRESPONSIVE_HEARTBEATS = 3
 _RECONNECT_S = 0.4
 """For a connection that closed to come back, before its worker is lost."""
 _SHUTDOWN_S = 1.0
@@ -83,36 +73,14 @@ class Server:
         silence_s: float,
         log_directory: Path,
     ) -> None:
-        self.run, self.epoch, self.num_workers = run, epoch, num_workers
-        self._code_digest, self._silence_s, self._log_directory = code_digest, silence_s, log_directory
-        self._peers: dict[bytes, Peer] = {}
-        self._ranks: list[Peer] = []
-        self._fenced: set[bytes] = set()
-        """Routes of workers that were lost: what they do no longer counts."""
-        self._is_over = False
+        self.run, self.epoch = run, epoch
+        self._silence_s, self._log_directory = silence_s, log_directory
+        self._roster = Roster(num_workers, code_digest)
         self._strangers: deque[str] = deque(maxlen=1)
         """Why the last message that could not be read was dropped."""
         self._num_requests = 0
         self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.IPV6, "[" in address)
-        # a send to a closed connection is then an error: how we learn of it
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker's new connection takes over from its old one
-        self._socket.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-        self._socket.setsockopt(zmq.SNDHWM, 10_000)
-        # pings of ZeroMQ's own, answered without Python; the last makes the other end give up as soon as we do
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
-        self._socket.setsockopt(zmq.HEARTBEAT_TTL, round(1000 * silence_s * _PONG_SHARE))
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise ConfigError(
-                "--bind", address, f"cannot bind: {error}", "choose a free port of this machine"
-            ) from None
+        self._socket = _bound_router(self._context, address, silence_s)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def __aenter__(self) -> Server:
@@ -128,13 +96,10 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_over = True
         reason = "the run is over" if error is None else f"the run ended: {error or type(error).__name__}"
         shutdown = Shutdown(is_done=error is None, reason=reason[:2000])
-        for peer in list(self._peers.values()):
-            for pending in peer.pending.values():
-                pending.timer.cancel()
-                pending.future.cancel()
+        for peer in list(self._roster.peers.values()):
+            peer.drop()
             if peer.welcome is None:
                 self._say(peer, shutdown)
             else:
@@ -143,7 +108,7 @@ class Server:
             async with asyncio.timeout(_SHUTDOWN_S):
                 await self._all_told()
         self._timer.cancel()
-        for peer in self._peers.values():
+        for peer in self._roster.peers.values():
             if peer.gone is not None:
                 peer.gone.cancel()
         self._loop.remove_reader(self._socket.fileno())
@@ -153,7 +118,7 @@ class Server:
 
     async def _all_told(self) -> None:
         """Waits until nothing is left to acknowledge."""
-        while not all(peer.link.is_idle for peer in self._peers.values()):
+        while not all(peer.link.is_idle for peer in self._roster.peers.values()):
             self._arrived.clear()
             await self._arrived.wait()
 
@@ -171,26 +136,22 @@ class Server:
             self.lost.result()
         if not self._all_registered.is_set():
             raise DeadlineExceeded(
-                f"only {len(self._peers)} of {self.num_workers} workers registered at {self.address} within "
-                f"{deadline_s:g} s (run.deadlines.register_s). Start the missing ones with "
+                f"only {len(self._roster.peers)} of {self._roster.num_workers} workers registered at {self.address} "
+                f"within {deadline_s:g} s (run.deadlines.register_s). Start the missing ones with "
                 f"`trainmaster worker FILE --master {self.address}`, or look into their logs"
                 + "".join(f". A message was dropped: {reason}" for reason in self._strangers)
             )
-        peers = list(self._peers.values())
-        hosts = list(dict.fromkeys(peer.register.host for peer in peers))
-        self._ranks = sorted(peers, key=lambda peer: hosts.index(peer.register.host))
-        for rank, peer in enumerate(self._ranks):
-            peer.rank = rank
-        return [peer.register for peer in self._ranks]
+        self._roster.assign_ranks()
+        return [peer.register for peer in self._roster.by_rank]
 
     @property
     def registered(self) -> list[Register]:
         """Workers that are there, in the order in which they came."""
-        return [peer.register for peer in self._peers.values()]
+        return [peer.register for peer in self._roster.peers.values()]
 
     def welcome(self, make: Callable[[int], Welcome]) -> None:
         """Sends every worker its welcome."""
-        for rank, peer in enumerate(self._ranks):
+        for rank, peer in enumerate(self._roster.by_rank):
             peer.last_heard_s = self._loop.time()
             peer.link, peer.welcome = Link(), make(rank)
             self._say(peer, peer.welcome)
@@ -199,10 +160,10 @@ class Server:
         """Begins a new epoch with the workers that are left: `workers` waits for others in place of the lost."""
         self.epoch += 1
         self.lost = self._future()
-        for peer in self._peers.values():
+        for peer in self._roster.peers.values():
             peer.rank, peer.welcome = None, None
-            self._forget(peer)
-        if len(self._peers) < self.num_workers:
+            peer.drop()
+        if not self._roster.is_complete:
             self._all_registered.clear()
 
     def submit(
@@ -221,7 +182,7 @@ class Server:
         The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that the worker raised),
         with `DeadlineExceeded`, or with `WorkerLost`.
         """
-        peer = self._ranks[rank]
+        peer = self._roster.by_rank[rank]
         if len(peer.pending) >= MAX_PENDING:
             raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         self._num_requests += 1
@@ -230,7 +191,7 @@ class Server:
         if peer.lost is not None:
             future.set_exception(peer.lost)
             return future
-        timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, self._late, peer, identity)
+        timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, peer.expire, identity)
         peer.pending[identity] = Pending(name, self._loop.time(), deadline_s, future, timer)
         future.add_done_callback(lambda done: self._cancel(peer, identity) if done.cancelled() else None)
         request = Request(
@@ -248,7 +209,7 @@ class Server:
 
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
-        for peer in list(self._peers.values()):
+        for peer in list(self._roster.peers.values()):
             self._say(peer, Ping())
 
     def _future(self) -> asyncio.Future[Any]:  # Any: the caller's annotation says of what
@@ -313,8 +274,8 @@ class Server:
             except ProtocolError as error:
                 logger.warning("dropped a message from route %s: %s", bytes(route).hex(), error)
                 self._strangers.append(str(error))
-                if route in self._peers:
-                    self._lose(self._peers[bytes(route)], f"sent what cannot be read ({error})")
+                if route in self._roster.peers:
+                    self._lose(self._roster.peers[bytes(route)], f"sent what cannot be read ({error})")
 
     def _take(self, route: bytes, frames: codec.Body) -> None:
         envelope = codec.Envelope.decode(frames)
@@ -324,7 +285,7 @@ class Server:
             logger.warning("refused a worker at route %s: %s", route.hex(), reason)
             self._refuse(route, envelope.version, reason)
             return
-        peer = self._peers.get(route)
+        peer = self._roster.peers.get(route)
         if peer is not None and peer.gone is not None:
             peer.gone.cancel()
             peer.gone = None
@@ -348,10 +309,10 @@ class Server:
         elif peer is None:
             logger.warning("dropped a %s from a worker that is not registered", message.type)
         else:
-            self._heard(peer)
+            peer.heard(self._loop.time())
             match message:
-                case Reply():
-                    self._settle(peer, message)
+                case Reply() if (message.run, message.epoch) == (self.run, self.epoch):
+                    peer.settle(message)
                 case Heartbeat():
                     peer.executing = message.executing
                 case _:
@@ -365,106 +326,58 @@ class Server:
             self._flush(peer)
             return
         peer = Peer(route, register, self._loop.time())
-        refusal = None
-        if route in self._fenced:
-            refusal = "it was given up as lost"
-        elif register.code_digest != self._code_digest:
-            refusal = "the worker's experiment file differs from the master's: copy the same file to both"
-        elif len(self._peers) >= self.num_workers:
-            refusal = f"the run has its {self.num_workers} workers already"
+        refusal = self._roster.admit(peer)
         if refusal is not None:
             logger.warning("refused %s: %s", peer, refusal)
             self._refuse(route, PROTOCOL_VERSION, refusal)
             return
-        self._peers[route] = peer
-        logger.info("%s registered, %d of %d", peer, len(self._peers), self.num_workers)
-        if len(self._peers) == self.num_workers:
+        logger.info("%s registered: %s", peer, peer.describe())
+        if self._roster.is_complete:
             self._all_registered.set()
 
     def _cancel(self, peer: Peer, identity: int) -> None:
         """The caller gave up on a request: it need not begin any more."""
-        pending = peer.pending.pop(identity, None)
-        if pending is not None and not self._is_over:
-            pending.timer.cancel()
+        if peer.forget(identity) is not None:
             self._post(peer, Cancel(run=self.run, epoch=self.epoch, id=identity))
 
-    def _forget(self, peer: Peer) -> None:
-        """Drops what is pending of an epoch that is over."""
-        pending, peer.pending = peer.pending, {}
-        for each in pending.values():
-            each.timer.cancel()
-            each.future.cancel()
-
-    def _settle(self, peer: Peer, reply: Reply) -> None:
-        if (reply.run, reply.epoch) != (self.run, self.epoch) or reply.id not in peer.pending:
-            logger.info("dropped a reply of %s to request %d of epoch %d", peer, reply.id, reply.epoch)
-            return
-        pending = peer.pending.pop(reply.id)
-        pending.timer.cancel()
-        if pending.future.done():  # the caller gave up on it
-            return
-        match reply.outcome:
-            case Success() as success:
-                pending.future.set_result(Answer(success, reply.seconds))
-            case Failure() as failure:
-                pending.future.set_exception(raised(f"{pending.name} on {peer}", failure))
-
-    # -- time -----------------------------------------------------------------------------------------------------
+    # -- time and loss --------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
         self._drain()  # after a stall, signs of life lie unread
         self.probe()
-        for peer in list(self._peers.values()):
+        for peer in list(self._roster.peers.values()):
             self._flush(peer)
-            silent_s = self._loop.time() - peer.last_heard_s
-            if peer.welcome is not None and peer.responsive and silent_s > _UNRESPONSIVE_HEARTBEATS * HEARTBEAT_S:
-                peer.responsive = False
-                at = {each.id for each in peer.executing}
-                names = ", ".join(pending.name for identity, pending in peer.pending.items() if identity in at)
-                logger.warning(
-                    "%s is unresponsive%s: its interpreter is busy; its call's deadline is what counts",
-                    peer,
-                    f" during {names}" if names else "",
-                )
-
-    def _heard(self, peer: Peer) -> None:
-        now_s = self._loop.time()
-        if not peer.responsive:
-            peer.responsive = True
-            logger.warning("%s answers again after %.0f s", peer, now_s - peer.last_heard_s)
-        peer.last_heard_s = now_s
-
-    def _late(self, peer: Peer, identity: int) -> None:
-        """For a worker that could not even end itself."""
-        pending = peer.pending.pop(identity)
-        if not pending.future.done():
-            pending.future.set_exception(DeadlineExceeded(late_message(peer, pending)))
+            peer.check_heartbeats(self._loop.time())
 
     def _lose(self, peer: Peer, cause: str) -> None:
-        if self._peers.get(peer.route) is not peer:
+        if not self._roster.expel(peer):
             return
-        del self._peers[peer.route]
-        self._fenced.add(peer.route)
         if peer.gone is not None:
             peer.gone.cancel()
-        error = self._obituary(peer, cause)
-        logger.error("%s", error)
-        peer.lost = error
-        lost, peer.pending = peer.pending, {}
-        for pending in lost.values():
-            pending.timer.cancel()
-            if not pending.future.done():
-                pending.future.set_exception(error)
+        peer.lost = peer.obituary(cause, self._loop.time(), self._log_directory)
+        logger.error("%s", peer.lost)
+        peer.drop(peer.lost)
         if not self.lost.done():
-            self.lost.set_exception(error)
+            self.lost.set_exception(peer.lost)
 
-    def _obituary(self, peer: Peer, cause: str) -> RunError:
-        """What a lost worker died of. One that ended itself at a deadline left its stacks."""
-        now_s = self._loop.time()
-        overdue = [pending for pending in peer.pending.values() if now_s >= pending.start_s + pending.deadline_s]
-        stacks = self._log_directory / stacks_name(peer.register)
-        if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
-            return DeadlineExceeded(f"{late_message(peer, overdue[0])}. It was here ({stacks}):\n{text}")
-        during = ", ".join(dict.fromkeys(pending.name for pending in peer.pending.values()))
-        return WorkerLost(f"{peer} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
+
+def _bound_router(context: zmq.Context[zmq.Socket[bytes]], address: str, silence_s: float) -> zmq.Socket[bytes]:
+    """Raises `ConfigError` if the address cannot be had, and ends the context."""
+    router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 500)
+    router.setsockopt(zmq.IPV6, "[" in address)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection is an error: how we learn of it
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker's new connection takes over from its old one
+    router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
+    router.setsockopt(zmq.SNDHWM, 10_000)
+    # pings of ZeroMQ's own, answered without Python; the last makes the other end give up as soon as we do
+    router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
+    router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
+    router.setsockopt(zmq.HEARTBEAT_TTL, round(1000 * silence_s * _PONG_SHARE))
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        context.destroy(linger=0)
+        raise ConfigError("--bind", address, f"cannot bind: {error}", "choose a free port of this machine") from None
+    return router

@@ -24,6 +24,7 @@ from trainmaster.api.errors import (
     WorkerLost,
 )
 from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import peer as peer_module
 from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc.commands import Done, HostStore, ModelLoaded, Release, Save, ShardFile
 from trainmaster.system.rpc.messages import (
@@ -53,7 +54,8 @@ OURS = codec.Envelope(epoch=EPOCH).encode()
 
 @pytest.fixture(autouse=True)
 def _quick_heart(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server_module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
+    for module in (server_module, peer_module):
+        monkeypatch.setattr(module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
     monkeypatch.setattr(server_module, "_LATE_GRACE_S", ALMOST_NO_TIME_S)
     monkeypatch.setattr(server_module, "_RECONNECT_S", 0.1)
 

@@ -172,12 +172,12 @@ def _claimed(path: Path) -> Iterator[Path]:
     """Owns the run directory; a run that never began leaves none behind."""
     from .system.preflight import claim_run_directory
 
-    claim_run_directory(path)
-    try:
-        yield path
-    except (ConfigError, ModelError):
-        _discard(path)
-        raise
+    with claim_run_directory(path):
+        try:
+            yield path
+        except (ConfigError, ModelError):
+            _discard(path)
+            raise
 
 
 def _discard(directory: Path) -> None:

@@ -57,6 +57,7 @@ class Cluster:
                 experiment_digest=self._loaded.experiment_digest,
                 log_directory=str(log_directory),
                 orphan_s=self._run.deadlines.orphan_s,
+                silence_s=self._run.deadlines.silence_s,
             )
 
         self.server.welcome(welcome)

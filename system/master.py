@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from pathlib import Path
 
 from ..api.algorithms import Generation
@@ -27,8 +28,6 @@ from .storage import Storage
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-FIRST_EPOCH = 1
 
 
 async def run_master(loaded: LoadedExperiment, address: str) -> None:
@@ -71,7 +70,7 @@ async def _run(loaded: LoadedExperiment, address: str) -> None:
     server = Server(
         address,
         run=compiled.run.name,
-        epoch=FIRST_EPOCH,
+        epoch=time.time_ns() // 10**6,  # no two lives of a master share one
         num_workers=compiled.num_workers,
         code_digest=loaded.code_digest,
         silence_s=compiled.run.deadlines.silence_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any  # the values of a config are transformers' own
+from typing import Any, TextIO  # Any: the values of a config are transformers' own
 
 from ..api.algorithms import Generation
 from ..api.config import Model
@@ -15,6 +15,7 @@ from ..api.experiments.base import CompiledExperiment, FedGraph
 from ..api.graph import Graph
 from ..api.json_lines import check_json_lines
 from ..api.rewards import resolve_reward
+from .service.claims import claim, owner_of
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """How transformers' configs name the number of layers."""
@@ -51,10 +52,14 @@ def check_run_directory(path: Path) -> None:
         raise _exists(path)
 
 
-def claim_run_directory(path: Path) -> None:
-    """Makes the run directory; whoever makes it owns the run. Raises `ConfigError` if it exists."""
+def claim_run_directory(path: Path) -> TextIO:
+    """Makes the run directory; whoever makes it owns the run, and holds the returned file open while it lasts.
+
+    Raises `ConfigError` if it exists.
+    """
     try:
         path.mkdir(parents=True)
+        return claim(path)
     except FileExistsError:
         raise _exists(path) from None
     except OSError as error:
@@ -82,6 +87,14 @@ def _check_room(fed: FedGraph, configs: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def _exists(path: Path) -> ConfigError:
+    owner = owner_of(path)
+    if owner is not None:
+        return ConfigError(
+            "run.name",
+            path.name,
+            f"this run is going on in {path} ({owner})",
+            f"choose another name (--run.name {path.name}-2), or wait for its end",
+        )
     return ConfigError(
         "run.name",
         path.name,

@@ -94,7 +94,7 @@ class Handlers:
     def execute(self, command: Command) -> Result:
         match command:
             case Echo():
-                return Echoed(content=command.content)
+                return Echoed(text=command.text, content=command.content)
             case HostStore():
                 self._hosted_store, port = host_store(self._context.address)
                 return StoreAddress(host=self._context.address, port=port)

@@ -53,7 +53,7 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         code_digest=file.code_digest,
     )
-    client = Client(master, register)
+    client = Client(master, register, file.experiment.run.deadlines.silence_s)
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
@@ -114,8 +114,8 @@ class Worker:
 
     def _serve(self, lane: Lane) -> None:
         try:
-            while (request := self._client.next_request(lane)) is not None:
-                reply = self._answer(request)
+            while (asked := self._client.next_request(lane)) is not None:
+                reply = self._answer(*asked)
                 try:
                     self._client.reply(reply)
                 except ProtocolError as error:  # larger than a message may be
@@ -125,11 +125,11 @@ class Worker:
             logging.shutdown()
             os._exit(1)
 
-    def _answer(self, request: Request) -> Reply:
+    def _answer(self, request: Request, left_s: float) -> Reply:
         seconds: dict[str, float] = {}
         outcome: Success | Failure
         try:
-            with self._alarm.within(request.deadline_s):
+            with self._alarm.within(left_s):
                 outcome = self._execute(request, seconds)
         except Exception as error:
             logger.exception("%s failed", request.command.type)

@@ -18,14 +18,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ...api.errors import ConfigError, ProtocolError, RunError
 from . import codec
-from .link import Link
+from .drops import Drops
+from .link import Link, MasterClock
 from .messages import (
     HEARTBEAT_S,
     PROTOCOL_VERSION,
@@ -49,33 +49,33 @@ EXIT_MASTER_LOST = 3
 EXIT_RUN_FAILED = 4
 """The run failed or was stopped, and the master told this worker so."""
 _SHUTDOWN_GRACE_S = 3.0
-_RECONNECT_MS = 50
+_RECONNECT_MS, _CONNECT_TIMEOUT_MS = 50, 1000
+_PING_SHARE, _PONG_SHARE = 0.1, 0.5
+"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer. Together less than what the master grants: a worker
+knows of a partition before it is given up."""
 _WAKE = "inproc://wake"
-
-
-@dataclass(frozen=True, slots=True)
-class _Queued:
-    request: Request
-    end_s: float
 
 
 class Client:
     """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`."""
 
-    def __init__(self, master: str, register: Register) -> None:
-        self._master, self._register = master, register
+    def __init__(self, master: str, register: Register, silence_s: float) -> None:
+        self._master, self._register, self._silence_s = master, register, silence_s
         self.on_epoch: Callable[[], None] = lambda: None
         """Called on the I/O thread when the master begins another epoch: what is under way in the old one is to end,
         for its other members may be gone. Requests of the new one follow."""
-        self._requests: dict[Lane, queue.SimpleQueue[_Queued | None]] = {lane: queue.SimpleQueue() for lane in Lane}
+        self._requests: dict[Lane, queue.SimpleQueue[Request | None]] = {lane: queue.SimpleQueue() for lane in Lane}
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown] = queue.SimpleQueue()
         self.current: Welcome | None = None
         """The last welcome: of the epoch whose requests are executed."""
         self._link: Link[codec.Body] = Link()
+        self._clock = MasterClock()
         self._executing: dict[int, float] = {}
         """Since when, by request."""
         self._cancelled: set[int] = set()
         self._disconnected_s: float | None = None
+        self._is_heard = threading.Event()
+        """Whether the master of the current epoch was heard on this connection."""
         self.shutdown: Shutdown | None = None
         """The master's last word, once it has spoken it."""
         self._finished = threading.Event()
@@ -84,6 +84,8 @@ class Client:
         self._waker: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._waker.bind(_WAKE)
         self._waker_lock = threading.Lock()
+        self._poller = zmq.Poller()
+        self._drops = Drops(logger)
         self._thread = threading.Thread(target=self._serve, name="rpc", daemon=True)
         self._thread.start()
 
@@ -105,21 +107,26 @@ class Client:
             case Shutdown():
                 raise RunError(f"the master is shutting down: {answer.reason}")
 
-    def next_request(self, lane: Lane) -> Request | None:
-        """Waits for the lane's next request; None when the run is over. Passes over what nobody waits for any more."""
-        while (queued := self._requests[lane].get()) is not None:
-            request, now_s = queued.request, time.monotonic()
-            welcome = self.current
+    def next_request(self, lane: Lane) -> tuple[Request, float] | None:
+        """Waits for the lane's next request, and returns it with the seconds that are left to it.
+
+        None when the run is over. Passes over what nobody waits for any more, and begins nothing while the connection
+        is down: the master may have given this worker up.
+        """
+        while (request := self._requests[lane].get()) is not None:
+            self._is_heard.wait()
+            welcome, clock, now_s = self.current, self._clock, time.monotonic()
             if welcome is None or request.epoch != welcome.epoch:
                 continue
             if request.id in self._cancelled:
                 self._cancelled.discard(request.id)
                 continue
-            if now_s > queued.end_s:
+            left_s = min(request.deadline_s, request.deadline_s - clock.age(request.submitted_s, now_s))
+            if left_s <= 0:
                 logger.warning("request %d had expired before it could begin", request.id)
                 continue
             self._executing[request.id] = now_s
-            return request
+            return request, left_s
         return None
 
     def reply(self, reply: Reply) -> None:
@@ -137,35 +144,51 @@ class Client:
     # -- the I/O thread -------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self._register.incarnation.encode())  # the same after a reconnection
-        dealer.setsockopt(zmq.LINGER, 1000)
-        dealer.setsockopt(zmq.IPV6, "[" in self._master)
-        dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-        dealer.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         wake: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         wake.connect(_WAKE)
-        dealer.connect(self._master)
-        poller = zmq.Poller()
-        for socket in (dealer, monitor, wake):
-            poller.register(socket, zmq.POLLIN)
+        self._poller.register(wake, zmq.POLLIN)
+        self._connect()
         last_sent_s = time.monotonic()
         while True:
-            ready = dict(poller.poll(int(1000 * HEARTBEAT_S / 2)))
+            ready = dict(self._poller.poll(int(1000 * HEARTBEAT_S / 2)))
             if wake in ready:
                 wake.recv()
                 self._post_reply()
-            if dealer in ready:
-                self._receive(dealer, codec.receive(dealer))
-            if monitor in ready:
-                self._follow(recv_monitor_message(monitor)["event"], dealer)
+            if self._dealer in ready:
+                self._receive(codec.receive(self._dealer))
+            if self._monitor in ready:
+                self._follow(recv_monitor_message(self._monitor)["event"])
             now_s = time.monotonic()
-            self._flush(dealer, now_s)
+            self._flush(now_s)
             if now_s - last_sent_s >= HEARTBEAT_S:
                 last_sent_s = now_s
-                self._say(dealer, self._heartbeat(now_s) if self.current is not None else self._register)
+                self._say(self._heartbeat(now_s) if self.current is not None else self._register)
             self._check_master(now_s)
+
+    def _connect(self) -> None:
+        """A new socket. The router gives each connection a name, and `Register` says whose it is."""
+        dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.LINGER, 1000)
+        dealer.setsockopt(zmq.IPV6, "[" in self._master)
+        dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
+        dealer.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
+        dealer.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        dealer.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
+        dealer.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._silence_s * _PING_SHARE))
+        dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._silence_s * _PONG_SHARE))
+        self._dealer = dealer
+        self._monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        dealer.connect(self._master)
+        for socket in (self._dealer, self._monitor):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def _reconnect(self) -> None:
+        self._poller.unregister(self._dealer)
+        self._poller.unregister(self._monitor)
+        self._dealer.disable_monitor()
+        self._monitor.close(linger=0)
+        self._dealer.close(linger=0)
+        self._connect()
 
     def _heartbeat(self, now_s: float) -> Heartbeat:
         assert self.current is not None, "only a welcomed worker has a run and an epoch"
@@ -180,34 +203,35 @@ class Client:
         if self.current is not None and epoch == self.current.epoch:
             self._link.post(body)
 
-    def _flush(self, dealer: zmq.Socket[bytes], now_s: float) -> None:
+    def _flush(self, now_s: float) -> None:
         if self._disconnected_s is None:
             for order, body in self._link.due(now_s):
-                self._transmit(dealer, order, body)
+                self._transmit(order, body)
 
-    def _say(self, dealer: zmq.Socket[bytes], message: Message) -> None:
+    def _say(self, message: Message) -> None:
         if self._disconnected_s is None:
-            self._transmit(dealer, 0, codec.encode_body(message))
+            self._transmit(0, codec.encode_body(message))
 
-    def _transmit(self, dealer: zmq.Socket[bytes], order: int, body: codec.Body) -> None:
+    def _transmit(self, order: int, body: codec.Body) -> None:
         epoch = 0 if self.current is None else self.current.epoch
-        envelope = codec.Envelope(epoch=epoch, order=order, received=self._link.received)
+        envelope = codec.Envelope(epoch, order, self._link.received, time.monotonic())
         with contextlib.suppress(zmq.Again):  # no connection yet, or its queue is full: it is said again
-            dealer.send_multipart([envelope.encode(), *body], zmq.NOBLOCK, copy=len(body) == 1)
+            codec.send(self._dealer, [envelope.encode(), *body])
 
-    def _follow(self, event: int, dealer: zmq.Socket[bytes]) -> None:
+    def _follow(self, event: int) -> None:
         """Registers with whoever is at the other end of each new connection."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._disconnected_s = None
             register = self._register
             if self.current is not None:
                 register = dataclasses.replace(register, run=self.current.run, epoch=self.current.epoch)
-            self._say(dealer, register)
+            self._say(register)
             self._link.reconnected()
         else:
-            while dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
-                self._receive(dealer, codec.receive(dealer))
+            while self._dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
+                self._receive(codec.receive(self._dealer))
             self._disconnected_s = time.monotonic()
+            self._is_heard.clear()
 
     def _check_master(self, now_s: float) -> None:
         if self.current is None or self._disconnected_s is None:
@@ -215,22 +239,24 @@ class Client:
         if now_s - self._disconnected_s > self.current.orphan_s:
             self._leave("the master closed its connection, or fell silent, and did not come back")
 
-    def _receive(self, dealer: zmq.Socket[bytes], frames: codec.Body) -> None:
+    def _receive(self, frames: codec.Body) -> None:
         try:
             envelope = codec.Envelope.decode(frames)
             if envelope.version != PROTOCOL_VERSION:
                 raise ProtocolError(f"protocol version {envelope.version}, not {PROTOCOL_VERSION}")
             if self.current is not None and envelope.epoch == self.current.epoch:
+                self._clock.note(envelope.sent_s, time.monotonic())
                 self._link.acknowledge(envelope.received)
+                self._is_heard.set()
             if envelope.order == 0:
                 self._hear(codec.decode_body(frames[1:]))
             elif self.current is None or envelope.epoch != self.current.epoch:
-                logger.info("dropped a message of epoch %d", envelope.epoch)
+                self._drops.note(f"it was of epoch {envelope.epoch}", time.monotonic())
             else:
                 for body in self._link.accept(envelope.order, frames[1:]):
-                    self._obey(dealer, codec.decode_body(body))
+                    self._obey(codec.decode_body(body))
         except ProtocolError as error:
-            logger.warning("dropped a message from the master: %s", error)
+            self._drops.note(str(error), time.monotonic())
 
     def _hear(self, message: Message) -> None:
         """What is said outside of the link."""
@@ -246,13 +272,16 @@ class Client:
             case Ping():
                 pass
             case _:
-                logger.warning("dropped a %s from the master: not what is said outside of a link", message.type)
+                self._drops.note(f"a {message.type} is not what a master says outside of a link", time.monotonic())
 
     def _begin(self, welcome: Welcome) -> None:
-        """The first epoch, or the next; a welcome that comes again changes nothing."""
-        if self.current is not None and (welcome.run, welcome.epoch) == (self.current.run, self.current.epoch):
+        """The first epoch, or the next; a welcome that comes again, or late, changes nothing."""
+        if self.current is not None and (welcome.run != self.current.run or welcome.epoch <= self.current.epoch):
             return
-        is_first, self._link, self.current = self.current is None, Link(), welcome
+        is_first, self._link, self._clock, self.current = self.current is None, Link(), MasterClock(), welcome
+        if welcome.silence_s != self._silence_s:  # changed on the master's command line
+            self._silence_s = welcome.silence_s
+            self._reconnect()
         self._cancelled.clear()
         self._executing.clear()
         if is_first:
@@ -261,18 +290,18 @@ class Client:
             logger.info("epoch %d begins: this worker is rank %d now", welcome.epoch, welcome.rank)
             self.on_epoch()
 
-    def _obey(self, dealer: zmq.Socket[bytes], message: Message) -> None:
+    def _obey(self, message: Message) -> None:
         """What comes through the link."""
         assert self.current is not None, "links begin with a welcome"
         match message:
             case Request() if (message.run, message.epoch) == (self.current.run, self.current.epoch):
-                self._requests[message.lane].put(_Queued(message, time.monotonic() + message.deadline_s))
+                self._requests[message.lane].put(message)
             case Cancel() if (message.run, message.epoch) == (self.current.run, self.current.epoch):
                 if message.id not in self._executing:
                     self._cancelled.add(message.id)
             case Shutdown():
                 logger.info("shutting down: %s", message.reason)
-                self._say(dealer, self._heartbeat(time.monotonic()))  # acknowledges it: the master waits for that
+                self._say(self._heartbeat(time.monotonic()))  # acknowledges it: the master waits for that
                 self._answers.put(message)
                 self._wind_up(message)
             case _:

@@ -1,6 +1,6 @@
 """Messages to ZeroMQ frames and back.
 
-    frame 0     the envelope, 34 bytes, the same in every version: mark, protocol version, epoch, order, received
+    frame 0     the envelope, 42 bytes, the same in every version: mark, protocol version, epoch, order, received, time
     frame 1     the message: msgpack
     frame 2...  one for each array in it: raw bytes, never copied; type and shape stand in the message
 
@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any  # what msgpack reads: nested containers of anything
+from typing import Any, NamedTuple  # Any: what msgpack reads: nested containers of anything
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
@@ -30,20 +29,45 @@ MAX_ITEMS = 2**20
 """The most items of one array or map."""
 MAX_ARRAYS = 64
 MAX_DIMENSIONS = 8
-DTYPES = frozenset(
-    ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
+DTYPES = tuple(
+    np.dtype(name)
+    for name in [
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "float16",
+        "float32",
+        "float64",
+    ]
 )
-_ENVELOPE = struct.Struct(">8sHQQQ")
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_ENVELOPE = struct.Struct(">8sHQQQd")
 _MARK = b"TRAINMST"
+_BUFFER_BYTES = 4096
+"""msgpack's at first; by default it takes a quarter of a megabyte for each message."""
+_COPIED_BYTES = 2**16
+"""Below, a copy is cheaper than ZeroMQ's bookkeeping of who owns what."""
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+"""Plain numbers: enumerations cost more than the calls that take them."""
+QUEUED_MESSAGES = 10_000
+"""In either direction of a connection. A heartbeat a second takes hours to fill it: libzmq 4.3.5 aborts the process if
+a connection with heartbeats breaks while its queue is full (github.com/zeromq/libzmq/issues/4364)."""
+_SAID_CHARACTERS = 500
+"""Of what is wrong with a message: the rest is likely the sender's."""
 _ARRAY = 1
-"""msgpack's extension type of an array: its frame, dtype and shape."""
+"""msgpack's extension type of an array. Its content: its frame and its dtype's code, a byte each, then its shape."""
 Frame = bytes | bytearray | memoryview
 Body = list[Frame]
 """All frames of a message after the envelope."""
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """What a link needs to know of a message before it is read."""
 
     epoch: int
@@ -51,10 +75,12 @@ class Envelope:
     """The message's number in its link; 0 for one outside of it."""
     received: int = 0
     """How far the sender has received the other direction."""
+    sent_s: float = 0.0
+    """On the sender's monotonic clock."""
     version: int = PROTOCOL_VERSION
 
     def encode(self) -> bytes:
-        return _ENVELOPE.pack(_MARK, self.version, self.epoch, self.order, self.received)
+        return _ENVELOPE.pack(_MARK, self.version, self.epoch, self.order, self.received, self.sent_s)
 
     @classmethod
     def decode(cls, frames: Sequence[Frame]) -> Envelope:
@@ -63,10 +89,10 @@ class Envelope:
             raise ProtocolError(f"{len(frames)} frames where a message has 2, and {MAX_ARRAYS} arrays at most")
         if len(frames[0]) != _ENVELOPE.size:
             raise ProtocolError(f"an envelope of {len(frames[0])} bytes, not {_ENVELOPE.size}: another program's")
-        mark, version, epoch, order, received = _ENVELOPE.unpack(frames[0])
+        mark, version, epoch, order, received, sent_s = _ENVELOPE.unpack(frames[0])
         if mark != _MARK:
             raise ProtocolError(f"an envelope that begins with {mark!r}, not {_MARK!r}: another program's")
-        return cls(epoch=epoch, order=order, received=received, version=version)
+        return cls(epoch, order, received, sent_s, version)
 
 
 def encode_body(message: Message) -> Body:
@@ -75,25 +101,30 @@ def encode_body(message: Message) -> Body:
 
     def default(value: object) -> msgpack.ExtType:
         assert isinstance(value, np.ndarray), f"messages hold plain values and arrays, not {type(value)}"
+        if len(arrays) == MAX_ARRAYS or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
+            raise ProtocolError(
+                f"array {len(arrays)} of a {message.type} is {value.dtype} of {value.ndim} dimensions: a message holds "
+                f"at most {MAX_ARRAYS}, of at most {MAX_DIMENSIONS}, and of no other types than numbers"
+            )
+        head = struct.pack(f">BB{value.ndim}Q", len(arrays), _DTYPE_CODES[value.dtype], *value.shape)
         arrays.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-        return msgpack.ExtType(_ARRAY, msgpack.packb([len(arrays) - 1, value.dtype.name, value.shape]))
+        return msgpack.ExtType(_ARRAY, head)
 
-    packed: bytes = msgpack.packb(MESSAGES.dump_python(message), default=default, unicode_errors="backslashreplace")
+    content = MESSAGES.serializer.to_python(message)
+    packed: bytes = msgpack.packb(content, default=default, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES)
     body: Body = [packed, *arrays]
     largest = max(map(len, body))
-    if largest > MAX_BODY_BYTES or len(arrays) > MAX_ARRAYS:
-        raise ProtocolError(
-            f"a {message.type} message of {largest} bytes and {len(arrays)} arrays is over the limits of "
-            f"{MAX_BODY_BYTES} and {MAX_ARRAYS}"
-        )
+    if largest > MAX_BODY_BYTES:
+        raise ProtocolError(f"a {message.type} message of {largest} bytes is over the limit of {MAX_BODY_BYTES}")
     return body
 
 
 def decode_body(body: Sequence[Frame]) -> Message:
     """Raises `ProtocolError` for anything but a valid message of this version. Arrays are views of their frames."""
     packed, arrays = body[0], body[1:]
-    if max(map(len, body)) > MAX_BODY_BYTES:
-        raise ProtocolError(f"a frame of {max(map(len, body))} bytes is over the limit of {MAX_BODY_BYTES}")
+    largest = max(map(len, body))
+    if largest > MAX_BODY_BYTES:
+        raise ProtocolError(f"a frame of {largest} bytes is over the limit of {MAX_BODY_BYTES}")
     num_read = 0
 
     def read(code: int, content: bytes) -> np.ndarray[Any, Any]:
@@ -116,42 +147,50 @@ def decode_body(body: Sequence[Frame]) -> Message:
         )
         if num_read != len(arrays):
             raise ValueError(f"{len(arrays)} arrays came, {num_read} are in the message")
-        return MESSAGES.validate_python(content)
+        message: Message = MESSAGES.validator.validate_python(content)
+        return message
     except ValidationError as error:
-        raise ProtocolError(
-            f"not a message of ours: {error.errors(include_url=False, include_input=False)[:3]}"
-        ) from None
+        found = error.errors(include_url=False, include_input=False)[:3]
+        raise ProtocolError(f"not a message of ours: {found}"[:_SAID_CHARACTERS]) from None
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"not msgpack that we accept: {error}") from None
+        raise ProtocolError(f"not msgpack that we accept: {error}"[:_SAID_CHARACTERS]) from None
 
 
 def _read_array(content: bytes, frames: Sequence[Frame], expected: int) -> np.ndarray[Any, Any]:
-    parts = msgpack.unpackb(content, use_list=False, max_array_len=MAX_DIMENSIONS, max_ext_len=0, max_bin_len=0)
-    if not isinstance(parts, tuple) or len(parts) != 3:
-        raise ValueError("an array that is not (frame, dtype, shape)")
-    at, dtype, shape = parts
-    if type(at) is not int or at != expected or at >= len(frames):
-        raise ValueError(f"an array in frame {at!r} of {len(frames)}, where {expected} is next")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"an array of {dtype!r}")
-    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"an array of shape {shape!r}")
-    if math.prod(shape) * np.dtype(dtype).itemsize != len(frames[at]):
+    num_dimensions, rest = divmod(len(content) - 2, 8)
+    if rest or not 0 <= num_dimensions <= MAX_DIMENSIONS:
+        raise ValueError(f"an array whose head has {len(content)} bytes")
+    at, code, *shape = struct.unpack(f">BB{num_dimensions}Q", content)
+    if at != expected or at >= len(frames):
+        raise ValueError(f"an array in frame {at} of {len(frames)}, where {expected} is next")
+    if code >= len(DTYPES):
+        raise ValueError(f"an array of type {code}")
+    dtype = DTYPES[code]
+    if math.prod(shape) * dtype.itemsize != len(frames[at]):
         raise ValueError(f"an array of {shape} {dtype} in {len(frames[at])} bytes")
     return np.frombuffer(frames[at], dtype).reshape(shape)
 
 
 def receive(socket: zmq.Socket[bytes], route: int = 0) -> Body:
-    """The frames of the next message, after `route` frames that say where it came from. Arrays are not copied.
+    """The frames of the next message, after `route` frames that say where it came from. Large ones are not copied.
 
     Raises `zmq.Again` if there is none. Of a message with too many frames, one more is returned than there can be.
     """
-    frames: Body = [socket.recv(zmq.NOBLOCK)]
-    while socket.rcvmore:
-        frame = socket.recv() if len(frames) < route + 2 else socket.recv(copy=False).buffer
+    frames: Body = []
+    more = True
+    while more:
+        frame = socket.recv(_NOBLOCK, copy=False)
+        more = frame.more
         if len(frames) <= route + 2 + MAX_ARRAYS:
-            frames.append(frame)
+            frames.append(frame.bytes if len(frame) < _COPIED_BYTES else frame.buffer)
     return frames
+
+
+def send(socket: zmq.Socket[bytes], frames: Body) -> None:
+    """Raises `zmq.Again` if the socket's queue is full. What is large is not copied: leave its arrays as they are."""
+    for frame in frames[:-1]:
+        socket.send(frame, _MORE, copy=len(frame) < _COPIED_BYTES)
+    socket.send(frames[-1], _NOBLOCK, copy=len(frames[-1]) < _COPIED_BYTES)
 
 
 def encode(message: Message, envelope: Envelope) -> Body:

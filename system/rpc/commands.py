@@ -68,6 +68,7 @@ class Echo:
     """Send this back: how long the way is, and whether a lane is free."""
 
     type: Literal["echo"] = "echo"
+    text: str = ""
     content: tuple[Array, ...] = ()
 
 
@@ -183,6 +184,7 @@ Command = Annotated[
 @record
 class Echoed:
     type: Literal["echoed"] = "echoed"
+    text: str = ""
     content: tuple[Array, ...] = ()
 
 

@@ -13,6 +13,7 @@ Pure: times and bodies come in, bodies come out. Nothing here touches a socket o
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -22,6 +23,8 @@ WINDOW = 256
 RESEND_S = 1.5
 """Until a message is sent again for the first time: longer than the heartbeats that bring acknowledgements."""
 MAX_RESEND_S = 12.0
+_CLOCK_SAMPLES = 256
+"""Two minutes of pings."""
 B = TypeVar("B")
 
 
@@ -30,6 +33,27 @@ class _Sent(Generic[B]):
     body: B
     again_s: float
     wait_s: float
+
+
+class MasterClock:
+    """The master's monotonic clock, from the times at which it says that it sent its messages.
+
+    The message that took least time tells how the clocks differ; only the last few count, for clocks drift.
+    """
+
+    def __init__(self) -> None:
+        self._differences: deque[float] = deque(maxlen=_CLOCK_SAMPLES)
+        self._difference_s = math.inf
+
+    def note(self, sent_s: float, received_s: float) -> None:
+        if len(self._differences) == _CLOCK_SAMPLES and self._differences[0] == self._difference_s:
+            self._difference_s = min(list(self._differences)[1:])
+        self._differences.append(received_s - sent_s)
+        self._difference_s = min(self._difference_s, self._differences[-1])
+
+    def age(self, time_s: float, now_s: float) -> float:
+        """Seconds since the master's clock showed `time_s`."""
+        return now_s - self._difference_s - time_s
 
 
 class Link(Generic[B]):
@@ -42,6 +66,8 @@ class Link(Generic[B]):
         self._waiting: deque[B] = deque()
         self._unacknowledged: dict[int, _Sent[B]] = {}
         self._num_sent = 0
+        self._again_s = math.inf
+        """Nothing has to be sent again before."""
 
     @property
     def is_idle(self) -> bool:
@@ -53,18 +79,24 @@ class Link(Generic[B]):
 
     def due(self, now_s: float) -> list[tuple[int, B]]:
         """What to send now, each with its order: new messages as far as the window allows, and old ones once more."""
-        due = []
-        for order, sent in self._unacknowledged.items():
-            if now_s >= sent.again_s:
-                sent.wait_s = min(2 * sent.wait_s, MAX_RESEND_S)
-                sent.again_s = now_s + sent.wait_s
-                due.append((order, sent.body))
+        due = self._overdue(now_s) if now_s >= self._again_s else []
         while self._waiting and len(self._unacknowledged) < WINDOW:
             self._num_sent += 1
             body = self._waiting.popleft()
             self._unacknowledged[self._num_sent] = _Sent(body, now_s + RESEND_S, RESEND_S)
+            self._again_s = min(self._again_s, now_s + RESEND_S)
             due.append((self._num_sent, body))
         return due
+
+    def _overdue(self, now_s: float) -> list[tuple[int, B]]:
+        again = []
+        for order, sent in self._unacknowledged.items():
+            if now_s >= sent.again_s:
+                sent.wait_s = min(2 * sent.wait_s, MAX_RESEND_S)
+                sent.again_s = now_s + sent.wait_s
+                again.append((order, sent.body))
+        self._again_s = min((sent.again_s for sent in self._unacknowledged.values()), default=math.inf)
+        return again
 
     def acknowledge(self, received: int) -> None:
         """The other end has had this many."""
@@ -73,6 +105,7 @@ class Link(Generic[B]):
 
     def reconnected(self) -> None:
         """The connection is a new one: what was under way on the old one may be lost, and is due at once."""
+        self._again_s = 0.0
         for sent in self._unacknowledged.values():
             sent.again_s, sent.wait_s = 0.0, RESEND_S / 2
 

@@ -12,7 +12,7 @@
 
 Requests, replies, cancellations and the shutdown pass through a `Link`: once and in order, over a connection that may
 break. The others are said again until they are heard, or do not matter. Every message after the welcome carries its run
-and epoch: anything of another life of the master is dropped.
+and epoch: anything of another life of the master is dropped. Epochs only ever rise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Typ
 from ...api.record import record
 from .commands import Command, Hook, Result, ShardFile
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+Word = Annotated[str, Field(max_length=256, pattern=r"^\P{Cc}*$")]
+"""What ends up in logs: short, and on one line."""
 HEARTBEAT_S = 1.0
 """Seconds between two heartbeats, in both directions."""
 
@@ -41,20 +43,20 @@ class Lane(StrEnum):
 @record
 class Register:
     type: Literal["register"] = "register"
-    run: str = ""
+    run: Word = ""
     """With `epoch`: where it was welcomed last, if it was; empty for a new worker."""
     epoch: NonNegativeInt = 0
-    host: str
-    pid: int
-    incarnation: str
-    """Unique to this process."""
-    address: str
+    host: Word
+    pid: NonNegativeInt
+    incarnation: Word
+    """Unique to this process: by it a worker is known again on another connection."""
+    address: Word
     """Where other workers can reach this one."""
-    devices: tuple[str, ...] = ()
+    devices: Annotated[tuple[Word, ...], Field(max_length=64)] = ()
     """Its host's, such as `cuda:0`; none on a host that has only its CPU."""
-    versions: dict[str, str]
+    versions: Annotated[dict[Word, Word], Field(max_length=16)]
     """Of Python and of the libraries that numerics depend on."""
-    code_digest: str
+    code_digest: Word
 
 
 def stacks_name(register: Register) -> str:
@@ -75,7 +77,7 @@ class Heartbeat:
     type: Literal["heartbeat"] = "heartbeat"
     run: str
     epoch: NonNegativeInt
-    executing: tuple[Executing, ...] = ()
+    executing: Annotated[tuple[Executing, ...], Field(max_length=len(Lane))] = ()
 
 
 @record
@@ -126,6 +128,8 @@ class Welcome:
     log_directory: str
     orphan_s: NonNegativeFloat
     """How long to wait for a master whose connection closed, before ending."""
+    silence_s: PositiveFloat
+    """How long a connection may be silent."""
 
 
 @record
@@ -147,7 +151,9 @@ class Request:
     id: NonNegativeInt
     lane: Lane
     deadline_s: PositiveFloat
-    """For the execution, hooks included: a worker that takes longer ends itself."""
+    """From `submitted_s`, hooks included: then it is not begun any more, and a worker that is at it ends itself."""
+    submitted_s: float
+    """On the master's clock, which the worker knows from the envelopes."""
     command: Command
     pre_hooks: tuple[Hook, ...] = ()
     post_hooks: tuple[Hook, ...] = ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,24 @@ class Answer:
     seconds: dict[str, float]
 
 
+class Asked(asyncio.Future[Answer]):
+    """An answer that is waited for. Cancelling it withdraws the request; a failure that nobody reads is no news."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, withdraw: Callable[[], None]) -> None:
+        super().__init__(loop=loop)
+        self._withdraw = withdraw
+
+    def cancel(self, msg: object = None) -> bool:
+        is_cancelled = super().cancel(msg)
+        if is_cancelled:
+            self._withdraw()
+        return is_cancelled
+
+    def set_exception(self, exception: type | BaseException, /) -> None:
+        super().set_exception(exception)
+        self.exception()
+
+
 @dataclass(slots=True)
 class Pending:
     """A request that waits for its reply."""
@@ -45,7 +64,7 @@ class Pending:
     name: str
     start_s: float
     deadline_s: float
-    future: asyncio.Future[Answer]
+    answer: Asked
     timer: asyncio.TimerHandle
 
 
@@ -54,6 +73,7 @@ class Peer:
     """A registered worker."""
 
     route: bytes
+    """The router's name for its connection: the router chose it, so nobody can ask for another's."""
     register: Register
     last_heard_s: float
     rank: int | None = None
@@ -100,19 +120,19 @@ class Peer:
     def settle(self, reply: Reply) -> None:
         """Passes an answer on to whoever waits for it."""
         pending = self.forget(reply.id)
-        if pending is None or pending.future.done():  # the caller gave up on it
+        if pending is None or pending.answer.done():  # the caller gave up on it
             return
         match reply.outcome:
             case Success() as success:
-                pending.future.set_result(Answer(success, reply.seconds))
+                pending.answer.set_result(Answer(success, reply.seconds))
             case Failure() as failure:
-                pending.future.set_exception(raised(f"{pending.name} on {self}", failure))
+                pending.answer.set_exception(raised(f"{pending.name} on {self}", failure))
 
     def expire(self, identity: int) -> None:
         """For a worker that could not even end itself at its deadline."""
         pending = self.forget(identity)
-        if pending is not None and not pending.future.done():
-            pending.future.set_exception(DeadlineExceeded(self._late(pending)))
+        if pending is not None and not pending.answer.done():
+            pending.answer.set_exception(DeadlineExceeded(self._late(pending)))
 
     def forget(self, identity: int) -> Pending | None:
         """Waits for this reply no longer."""
@@ -127,9 +147,9 @@ class Peer:
             pending = self.forget(identity)
             assert pending is not None, "taken from there"
             if error is None:
-                pending.future.cancel()
-            elif not pending.future.done():
-                pending.future.set_exception(error)
+                pending.answer.cancel()
+            elif not pending.answer.done():
+                pending.answer.set_exception(error)
 
     def obituary(self, cause: str, now_s: float, log_directory: Path) -> RunError:
         """What a lost worker died of. One that ended itself at a deadline left its stacks."""
@@ -145,14 +165,17 @@ class Peer:
 
 
 class Roster:
-    """The run's workers by their routes, and by rank once all are there. Who was lost stays outside."""
+    """The run's workers, and by rank once all are there. Who was lost stays outside."""
 
-    def __init__(self, num_workers: int, code_digest: str) -> None:
-        self.num_workers, self._code_digest = num_workers, code_digest
-        self.peers: dict[bytes, Peer] = {}
+    def __init__(self, run: str, num_workers: int, code_digest: str) -> None:
+        self.run, self.num_workers, self._code_digest = run, num_workers, code_digest
+        self.peers: dict[str, Peer] = {}
+        """By incarnation."""
+        self.by_route: dict[bytes, Peer] = {}
+        """Of connections that are open, as far as is known."""
         self.by_rank: list[Peer] = []
-        self._fenced: set[bytes] = set()
-        """Routes of workers that were lost: what they do no longer counts."""
+        self._fenced: set[str] = set()
+        """Incarnations that were lost: what they do no longer counts."""
 
     @property
     def is_complete(self) -> bool:
@@ -160,21 +183,29 @@ class Roster:
 
     def admit(self, peer: Peer) -> str | None:
         """Takes a worker in, or returns why not."""
-        if peer.route in self._fenced:
+        if peer.register.incarnation in self._fenced:
             return "it was given up as lost"
+        if peer.register.run not in ("", self.run):
+            return f"it belongs to the run {peer.register.run}, and this master's is {self.run}"
         if peer.register.code_digest != self._code_digest:
             return "the worker's experiment file differs from the master's: copy the same file to both"
         if self.is_complete:
             return f"the run has its {self.num_workers} workers already"
-        self.peers[peer.route] = peer
+        self.peers[peer.register.incarnation] = self.by_route[peer.route] = peer
         return None
+
+    def reroute(self, peer: Peer, route: bytes) -> None:
+        """The worker has a new connection."""
+        self.by_route.pop(peer.route, None)
+        self.by_route[route] = peer
+        peer.route = route
 
     def expel(self, peer: Peer) -> bool:
         """Gives a worker up for good; whether it was one still."""
-        if self.peers.get(peer.route) is not peer:
+        if self.peers.get(peer.register.incarnation) is not peer:
             return False
-        del self.peers[peer.route]
-        self._fenced.add(peer.route)
+        del self.peers[peer.register.incarnation], self.by_route[peer.route]
+        self._fenced.add(peer.register.incarnation)
         return True
 
     def assign_ranks(self) -> None:

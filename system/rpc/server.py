@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ import zmq
 from ...api.errors import ConfigError, DeadlineExceeded, ProtocolError, RunError
 from . import codec
 from .commands import Command, Hook
+from .drops import Drops
 from .link import Link
 from .messages import (
     HEARTBEAT_S,
@@ -44,7 +45,7 @@ from .messages import (
     Shutdown,
     Welcome,
 )
-from .peer import Answer, Peer, Pending, Roster
+from .peer import Answer, Asked, Peer, Pending, Roster
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ _RECONNECT_S = 0.4
 """For a connection that closed to come back, before its worker is lost."""
 _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
+_STRANGER_BYTES = 2**15
+"""The most that one who is not registered may send at once: a registration is far smaller."""
+_DRAINED_AT_ONCE = 1000
+"""Messages, however many more may wait."""
+_READABLE = int(zmq.POLLIN)
 MAX_PENDING = 2**16
 """The most requests of one worker that wait for replies: who submits more has lost count."""
 
@@ -75,10 +81,10 @@ class Server:
     ) -> None:
         self.run, self.epoch = run, epoch
         self._silence_s, self._log_directory = silence_s, log_directory
-        self._roster = Roster(num_workers, code_digest)
-        self._strangers: deque[str] = deque(maxlen=1)
-        """Why the last message that could not be read was dropped."""
+        self._roster = Roster(run, num_workers, code_digest)
+        self._drops = Drops(logger)
         self._num_requests = 0
+        self._drain_is_due = False
         self._context = zmq.Context()
         self._socket = _bound_router(self._context, address, silence_s)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -90,7 +96,7 @@ class Server:
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
-        self._loop.call_soon(self._drain)
+        self._drain_soon()
         return self
 
     async def __aexit__(
@@ -139,7 +145,7 @@ class Server:
                 f"only {len(self._roster.peers)} of {self._roster.num_workers} workers registered at {self.address} "
                 f"within {deadline_s:g} s (run.deadlines.register_s). Start the missing ones with "
                 f"`trainmaster worker FILE --master {self.address}`, or look into their logs"
-                + "".join(f". A message was dropped: {reason}" for reason in self._strangers)
+                + (f". A message was dropped: {self._drops.last}" if self._drops.last is not None else "")
             )
         self._roster.assign_ranks()
         return [peer.register for peer in self._roster.by_rank]
@@ -187,25 +193,26 @@ class Server:
             raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         self._num_requests += 1
         identity = self._num_requests
-        future: asyncio.Future[Answer] = self._future()
-        if peer.lost is not None:
-            future.set_exception(peer.lost)
-            return future
-        timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, peer.expire, identity)
-        peer.pending[identity] = Pending(name, self._loop.time(), deadline_s, future, timer)
-        future.add_done_callback(lambda done: self._cancel(peer, identity) if done.cancelled() else None)
         request = Request(
             run=self.run,
             epoch=self.epoch,
             id=identity,
             lane=lane,
             deadline_s=deadline_s,
+            submitted_s=self._loop.time(),
             command=command,
             pre_hooks=pre_hooks,
             post_hooks=post_hooks,
         )
-        self._post(peer, request)
-        return future
+        if peer.lost is None:
+            self._post(peer, request)  # first: the rest can be done while it travels
+        answer = Asked(self._loop, functools.partial(self._cancel, peer, identity))
+        if peer.lost is not None:
+            answer.set_exception(peer.lost)
+            return answer
+        timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, peer.expire, identity)
+        peer.pending[identity] = Pending(name, request.submitted_s, deadline_s, answer, timer)
+        return answer
 
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
@@ -234,9 +241,9 @@ class Server:
                 self._transmit(peer, order, body)
 
     def _transmit(self, peer: Peer, order: int, body: codec.Body) -> None:
-        envelope = codec.Envelope(epoch=self.epoch, order=order, received=peer.link.received)
+        envelope = codec.Envelope(self.epoch, order, peer.link.received, self._loop.time())
         try:
-            self._socket.send_multipart([peer.route, envelope.encode(), *body], zmq.NOBLOCK, copy=len(body) == 1)
+            codec.send(self._socket, [peer.route, envelope.encode(), *body])
         except zmq.Again:
             pass  # its queue is full: the link sends it again
         except zmq.ZMQError as error:
@@ -244,7 +251,7 @@ class Server:
                 self._lose(peer, f"cannot be sent to ({error})")
             elif peer.gone is None:
                 peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
-        self._loop.call_soon(self._drain)  # the socket's descriptor is edge-triggered: a send can swallow its event
+        self._drain_soon()
 
     def _lose_gone(self, peer: Peer) -> None:
         silent_s = self._loop.time() - peer.last_heard_s
@@ -258,43 +265,50 @@ class Server:
         envelope = codec.Envelope(epoch=0, version=version)
         frames = [route, envelope.encode(), *codec.encode_body(Refuse(reason=reason))]
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        self._loop.call_soon(self._drain)
+            codec.send(self._socket, frames)
+        self._drain_soon()
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
+    def _drain_soon(self) -> None:
+        """The socket's descriptor is edge-triggered: a send can swallow its event."""
+        if not self._drain_is_due:
+            self._drain_is_due = True
+            self._loop.call_soon(self._drain)
+
     def _drain(self) -> None:
-        while not self._socket.closed:
-            try:
-                route, *frames = codec.receive(self._socket, route=1)
-            except zmq.Again:
+        self._drain_is_due = False
+        if self._socket.closed:
+            return
+        for _ in range(_DRAINED_AT_ONCE):
+            if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:  # asking is cheaper than failing
                 return
+            route, *frames = codec.receive(self._socket, route=1)
             try:
                 self._take(bytes(route), frames)
             except ProtocolError as error:
-                logger.warning("dropped a message from route %s: %s", bytes(route).hex(), error)
-                self._strangers.append(str(error))
-                if route in self._roster.peers:
-                    self._lose(self._roster.peers[bytes(route)], f"sent what cannot be read ({error})")
+                self._drops.note(str(error), self._loop.time())
+                peer = self._roster.by_route.get(bytes(route))
+                if peer is not None:
+                    self._lose(peer, f"sent what cannot be read ({error})")
+        self._drain_soon()  # others on the loop have their turn
 
     def _take(self, route: bytes, frames: codec.Body) -> None:
         envelope = codec.Envelope.decode(frames)
         if envelope.version != PROTOCOL_VERSION:
             reason = f"the worker speaks protocol {envelope.version}, the master {PROTOCOL_VERSION}: install the same"
-            self._strangers.append(reason)
-            logger.warning("refused a worker at route %s: %s", route.hex(), reason)
+            self._drops.note(reason, self._loop.time())
             self._refuse(route, envelope.version, reason)
             return
-        peer = self._roster.peers.get(route)
-        if peer is not None and peer.gone is not None:
-            peer.gone.cancel()
-            peer.gone = None
-            peer.link.reconnected()
+        peer = self._roster.by_route.get(route)
+        if peer is None and sum(map(len, frames)) > _STRANGER_BYTES:
+            raise ProtocolError(f"a first message of {sum(map(len, frames))} bytes")
         if envelope.order == 0:
             self._receive(route, peer, codec.decode_body(frames[1:]))
         if peer is None or envelope.epoch != self.epoch:
             if envelope.order > 0:
-                logger.warning("dropped a message of epoch %d from route %s", envelope.epoch, route.hex())
+                who = "someone who is not registered" if peer is None else str(peer)
+                self._drops.note(f"{who} sent one of epoch {envelope.epoch}", self._loop.time())
             return
         peer.link.acknowledge(envelope.received)
         self._arrived.set()
@@ -305,9 +319,9 @@ class Server:
 
     def _receive(self, route: bytes, peer: Peer | None, message: Message) -> None:
         if isinstance(message, Register):
-            self._register(route, peer, message)
+            self._register(route, message)
         elif peer is None:
-            logger.warning("dropped a %s from a worker that is not registered", message.type)
+            self._drops.note(f"a {message.type} from someone who is not registered", self._loop.time())
         else:
             peer.heard(self._loop.time())
             match message:
@@ -316,19 +330,25 @@ class Server:
                 case Heartbeat():
                     peer.executing = message.executing
                 case _:
-                    logger.warning("dropped a %s from %s: not a worker's message", message.type, peer)
+                    self._drops.note(f"a {message.type} from {peer}, which is not for it to send", self._loop.time())
 
-    def _register(self, route: bytes, peer: Peer | None, register: Register) -> None:
+    def _register(self, route: bytes, register: Register) -> None:
+        peer = self._roster.peers.get(register.incarnation)
         if peer is not None:  # it has not heard its welcome, or its connection is a new one
-            if peer.welcome is not None and (register.run, register.epoch) != (self.run, self.epoch):
-                self._say(peer, peer.welcome)
+            if peer.gone is not None:
+                peer.gone.cancel()
+                peer.gone = None
+            self._roster.reroute(peer, route)
+            if peer.welcome is not None:
+                is_new = (register.run, register.epoch) != (self.run, self.epoch)
+                self._say(peer, peer.welcome if is_new else Ping())  # it begins nothing until it hears us
             peer.link.reconnected()
             self._flush(peer)
             return
         peer = Peer(route, register, self._loop.time())
         refusal = self._roster.admit(peer)
         if refusal is not None:
-            logger.warning("refused %s: %s", peer, refusal)
+            self._drops.note(f"{peer} was refused: {refusal}", self._loop.time())
             self._refuse(route, PROTOCOL_VERSION, refusal)
             return
         logger.info("%s registered: %s", peer, peer.describe())
@@ -358,6 +378,7 @@ class Server:
         peer.lost = peer.obituary(cause, self._loop.time(), self._log_directory)
         logger.error("%s", peer.lost)
         peer.drop(peer.lost)
+        self._refuse(peer.route, PROTOCOL_VERSION, "it was given up as lost")  # if it can hear
         if not self.lost.done():
             self.lost.set_exception(peer.lost)
 
@@ -368,9 +389,9 @@ def _bound_router(context: zmq.Context[zmq.Socket[bytes]], address: str, silence
     router.setsockopt(zmq.LINGER, 500)
     router.setsockopt(zmq.IPV6, "[" in address)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection is an error: how we learn of it
-    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker's new connection takes over from its old one
     router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-    router.setsockopt(zmq.SNDHWM, 10_000)
+    router.setsockopt(zmq.SNDHWM, codec.QUEUED_MESSAGES)
+    router.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
     # pings of ZeroMQ's own, answered without Python; the last makes the other end give up as soon as we do
     router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
     router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))

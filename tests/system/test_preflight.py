@@ -103,7 +103,7 @@ def test_the_longest_response_leaves_room_for_a_prompt(tmp_path: Path, room: int
 def test_a_run_directory_is_claimed_once(tmp_path: Path):
     path = tmp_path / "runs" / "first"
     check_run_directory(path)
-    claim_run_directory(path)
+    claim_run_directory(path).close()
     assert path.is_dir()
     for claim in (claim_run_directory, check_run_directory):
         with pytest.raises(

@@ -5,7 +5,10 @@ Every wait stands under a deadline, and every failure is a `PeerLost` that names
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +51,8 @@ class Group:
     """This worker's place among the members."""
     backend: Any  # torch's backends share no public base class; None once the group was left
     deadline: timedelta
+    connections: tuple[tuple[int, int], ...] = ()
+    """Descriptor and inode of each socket to another member."""
 
     @property
     def size(self) -> int:
@@ -69,7 +74,15 @@ class Group:
             self._live().recv([tensor], source, tag).wait(self.deadline)
 
     def leave(self) -> None:
-        """Closes the connections as soon as nothing here waits on them: then whatever waits for us elsewhere fails."""
+        """Cuts the connections: whatever waits in this group, here or elsewhere, fails. Safe from any thread."""
+        if self.backend is not None:
+            self.backend.abort()  # of which gloo makes nothing: there, a stopped peer would be waited for
+        for descriptor, inode in self.connections:
+            with contextlib.suppress(OSError):  # closed before, or the descriptor is another's by now
+                if os.fstat(descriptor).st_ino == inode:
+                    with socket.socket(fileno=os.dup(descriptor)) as connection:
+                        connection.shutdown(socket.SHUT_RDWR)
+        self.connections = ()
         self.backend = None
 
     def _live(self) -> Any:  # torch's backends share no public base class
@@ -115,7 +128,7 @@ def form_group(
     deadline: timedelta,
 ) -> Group:
     """Forms a group. Every member calls this, in the same order of groups; it returns once all have."""
-    index = list(members).index(rank)
+    index, before = list(members).index(rank), _connections()
     prefixed = PrefixStore(name, store)
     try:
         backend: Any  # torch's backends share no public base class
@@ -130,4 +143,18 @@ def form_group(
             backend = ProcessGroupGloo(prefixed, index, len(members), options)
     except RuntimeError as error:
         raise PeerLost(f"group {name} of workers {list(members)} could not be formed: {error}") from error
-    return Group(name=name, members=tuple(members), index=index, backend=backend, deadline=deadline)
+    connections = tuple(_connections() - before)
+    return Group(name, tuple(members), index, backend, deadline, connections)
+
+
+def _connections() -> set[tuple[int, int]]:
+    """Descriptor and inode of each TCP connection of this process; none where the system does not tell."""
+    found = set()
+    descriptors = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    for descriptor in map(int, descriptors):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as probe:
+                    if probe.family in (socket.AF_INET, socket.AF_INET6) and probe.getpeername():
+                        found.add((descriptor, os.fstat(descriptor).st_ino))
+    return found

@@ -35,7 +35,7 @@ address, behaviour = sys.argv[1:]
 module._SHUTDOWN_GRACE_S = 0.05 if behaviour == "busy" else 5.0
 client = module.Client(address, Register(
     host="here", pid=7, incarnation="i", address="127.0.0.1", versions={}, code_digest="digest"
-))
+), 5.0)
 try:
     welcome = client.welcome(0.1 if behaviour == "impatient" else 5.0)
 except TrainmasterError as error:
@@ -45,7 +45,8 @@ while behaviour == "busy":
     pass
 order = (Lane.TRANSFER, Lane.COMPUTE) if behaviour == "transfer first" else (Lane.COMPUTE, Lane.TRANSFER)
 for lane in order:
-    while (request := client.next_request(lane)) is not None:
+    while (asked := client.next_request(lane)) is not None:
+        request, _ = asked
         outcome = Success(result=Done())
         client.reply(Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds={}))
         if behaviour == "transfer first":
@@ -130,11 +131,12 @@ def welcome() -> Welcome:
         experiment_digest="",
         log_directory="",
         orphan_s=0.1,
+        silence_s=5.0,
     )
 
 
 def request(identity: int, lane: Lane = Lane.COMPUTE, run: str = RUN, epoch: int = EPOCH) -> Request:
-    return Request(run=run, epoch=epoch, id=identity, lane=lane, deadline_s=60.0, command=HostStore())
+    return Request(run=run, epoch=epoch, id=identity, lane=lane, deadline_s=60.0, submitted_s=0.0, command=HostStore())
 
 
 def test_a_life_from_welcome_to_shutdown(master: Master):

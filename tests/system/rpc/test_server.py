@@ -65,7 +65,7 @@ class FakeWorker:
 
     def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
         self._context, self._address = context, address
-        self._identity = uuid.uuid4().hex.encode()
+        self._incarnation = uuid.uuid4().hex
         self.wire = Wire(EPOCH)
         self._delivered: deque[Message] = deque()
         self.connect()
@@ -73,10 +73,11 @@ class FakeWorker:
     def connect(self) -> None:
         """A new connection of the same worker."""
         self.socket = self._context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, self._identity)
         self.socket.connect(self._address)
 
     async def send(self, message: Message) -> None:
+        if isinstance(message, Register):
+            message = replace(message, incarnation=self._incarnation)
         await self.socket.send_multipart(self.wire.pack(message))
 
     async def ping(self) -> None:
@@ -121,6 +122,7 @@ def welcome(rank: int) -> Welcome:
         experiment_digest="",
         log_directory="",
         orphan_s=1.0,
+        silence_s=5.0,
     )
 
 

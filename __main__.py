@@ -194,6 +194,11 @@ def _report(error: TrainmasterError, logs: Path | None = None) -> int:
     if isinstance(error, RemoteError):
         sys.stderr.write(error.remote_traceback.rstrip() + "\n")
     sys.stderr.write(f"error: {error}\n")
+    if isinstance(error, RunError):
+        for note in getattr(error, "__notes__", ()):
+            sys.stderr.write(f"in: {note}\n")
+        if error.likely:
+            sys.stderr.write(f"likely: {error.likely}\n")
     if logs is not None and error.exit_code != ConfigError.exit_code:
         sys.stderr.write(f"logs: {logs}\n")
     return error.exit_code

@@ -66,15 +66,25 @@ class Interrupted(TrainmasterError):
 
 
 class RunError(TrainmasterError):
-    """The run failed after it started."""
+    """The run failed after it started. Its notes say where it was."""
+
+    likely: ClassVar[str] = ""
+    """What it usually comes from, and what to do then."""
 
 
 class WorkerLost(RunError):
     """A worker died, fell silent or closed its connection."""
 
+    likely = (
+        "its process was killed (out of memory?), crashed in native code, or its host was cut off. Look at the end of "
+        "its output and log, and at the kernel's log on its host"
+    )
+
 
 class PeerLost(RunError):
     """Communication with another worker failed; the cause is likely over there."""
+
+    likely = "another worker of the same group failed first, or their hosts lost each other: look into its log"
 
 
 class RemoteError(RunError):
@@ -82,6 +92,8 @@ class RemoteError(RunError):
 
     `kind` is the remote exception's class name, `remote_traceback` its formatted traceback.
     """
+
+    likely = "an error in the worker: its traceback is above"
 
     def __init__(self, where: str, kind: str, message: str, remote_traceback: str) -> None:
         self.where, self.kind, self.message, self.remote_traceback = where, kind, message, remote_traceback
@@ -94,3 +106,5 @@ class RewardError(RunError):
 
 class DeadlineExceeded(RunError):
     """A wait with a name took longer than it was given."""
+
+    likely = "a hang (the stacks tell where), or mere slowness: then give it more time (run.deadlines), or less work"

@@ -105,16 +105,23 @@ async def _rate(action: Callable[[int], Awaitable[Any]], seconds: float) -> floa
 
 
 @contextlib.contextmanager
-def worker_processes(target: Callable[..., None], *arguments: object) -> Iterator[None]:
-    """`target(rank, *arguments)` in NUM_WORKERS processes, on all cores but the first; this one is on the first."""
+def children_pinned() -> Iterator[None]:
+    """Processes that start inside go to all cores but the first; this one goes to the first."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) > 1:
-        os.sched_setaffinity(0, cores[1:])  # the children's; this process goes to its own below
-    started = [get_context("spawn").Process(target=target, args=(rank, *arguments)) for rank in range(NUM_WORKERS)]
-    for process in started:
-        process.start()
+        os.sched_setaffinity(0, cores[1:])
+    yield
     if len(cores) > 1:
         os.sched_setaffinity(0, cores[:1])
+
+
+@contextlib.contextmanager
+def worker_processes(target: Callable[..., None], *arguments: object) -> Iterator[None]:
+    """`target(rank, *arguments)` in NUM_WORKERS processes."""
+    started = [get_context("spawn").Process(target=target, args=(rank, *arguments)) for rank in range(NUM_WORKERS)]
+    with children_pinned():
+        for process in started:
+            process.start()
     try:
         yield
     finally:
@@ -163,7 +170,7 @@ async def welcome_all(server: Server, num_workers: int, folder: Path) -> None:
     server.welcome(
         lambda rank: Welcome(
             run="bench",
-            epoch=1,
+            epoch=server.epoch,
             rank=rank,
             num_workers=num_workers,
             num_local_workers=num_workers,

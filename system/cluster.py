@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from .rpc.server import Server
 from .service.addresses import is_loopback
 
 
+logger = logging.getLogger(__name__)
+
+
 class Cluster:
     """The workers of one run, by rank."""
 
@@ -45,6 +49,10 @@ class Cluster:
                 f"workers are on several hosts, and those elsewhere cannot reach {unreachable[0].host} at this address",
                 f"start the worker on {unreachable[0].host} with --advertise and its address in your network",
             )
+
+        installed = {", ".join(f"{name} {version}" for name, version in worker.versions.items()) for worker in workers}
+        if len(installed) > 1:
+            logger.warning("results may depend on who computes what: workers have %s", "; or ".join(sorted(installed)))
 
         def welcome(rank: int) -> Welcome:
             return Welcome(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..api.errors import PeerLost, RemoteError
@@ -34,6 +35,25 @@ async def settle(server: Server, futures: Sequence[asyncio.Future[Answer]]) -> l
     finally:
         for future in futures:
             future.cancel()
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first error in a (nested) group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@contextlib.contextmanager
+def located(server: Server, where: Callable[[], str]) -> Iterator[None]:
+    """Notes with an error where in the run it was."""
+    try:
+        yield
+    except BaseException as error:
+        lost = server.lost  # who watches for a loss has had this cancelled, perhaps
+        cause = (lost.exception() if lost.done() else None) or first_cause(error)
+        cause.add_note(where())
+        raise
 
 
 async def _wait_for_cause(server: Server, futures: Sequence[asyncio.Future[Answer]]) -> None:

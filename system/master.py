@@ -18,6 +18,7 @@ from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
 from .cadence import Cadence, plan_cadence
 from .cluster import Cluster
+from .dispatch import first_cause, located
 from .evaluation import Evaluator
 from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine
@@ -57,13 +58,6 @@ async def run_master(loaded: LoadedExperiment, address: str) -> None:
         raise first_cause(group) from group
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """The first error in a (nested) group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 async def _run(loaded: LoadedExperiment, address: str) -> None:
     compiled, directory = loaded.compiled, loaded.compiled.run.path.resolve()
     log_to_file(directory / "logs" / "master.log")
@@ -98,15 +92,16 @@ async def run_epoch(
     """From workers that register to the last step. Raises `RunError` if a worker is lost on the way."""
     compiled, storage = loaded.compiled, Storage()
     cluster = Cluster(server, loaded)
-    progress.note(f"{compiled.run.name}: waiting for {compiled.num_workers} workers at {server.address}")
-    workers = await cluster.assemble(directory / "logs")
-    opened = await cluster.open_dataset(compiled.training)
-    cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)
-    evaluators = [
-        Evaluator(fed, await cluster.open_dataset(fed), compiled, server, storage) for fed in compiled.evaluations
-    ]
-    await cluster.open_functions()
-    num_parameters = await cluster.load_models()
+    with located(server, lambda: f"set-up of run {compiled.run.name}"):
+        progress.note(f"{compiled.run.name}: waiting for {compiled.num_workers} workers at {server.address}")
+        workers = await cluster.assemble(directory / "logs")
+        opened = await cluster.open_dataset(compiled.training)
+        cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)
+        evaluators = [
+            Evaluator(fed, await cluster.open_dataset(fed), compiled, server, storage) for fed in compiled.evaluations
+        ]
+        await cluster.open_functions()
+        num_parameters = await cluster.load_models()
     for role, placed in compiled.models.items():
         layout = placed.model.layout
         progress.note(

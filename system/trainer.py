@@ -12,6 +12,7 @@ from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
 from .cadence import Cadence
 from .checkpoints import CheckpointFolder
+from .dispatch import located
 from .evaluation import Evaluator
 from .executor import CALL_FUNCTION, CALL_MODEL, Executor, Traversal
 from .monitoring.metrics import MetricsLog
@@ -47,22 +48,28 @@ class Trainer:
         progress: ProgressLine,
     ) -> None:
         self._compiled, self._cadence = compiled, cadence
+        self._server = server
         self._evaluators, self._metrics, self._progress = evaluators, metrics, progress
         graph = compiled.training.graph
         self._executor = Executor(graph, compiled, server, storage)
         self._stream = SampleStream(server, storage, graph.name, compiled.run.deadlines.call_s)
         self._checkpoints = CheckpointFolder(compiled.run.path.resolve())
+        self._step = 0
         self._trained = {call.name: call.model for call in graph.model_calls if call.kind is CallKind.TRAIN_STEP}
 
     async def run(self) -> None:
         """All steps. Every step that is due to be saved is saved before the next begins."""
+        run = self._compiled.run.name
+        with located(self._server, lambda: f"step {self._step} of {self._cadence.num_steps} of run {run}"):
+            await self._run()
+
+    async def _run(self) -> None:
         batch_size = self._compiled.training.graph.batch_size
         await self._evaluate(0)
         self._progress.start(self._cadence.num_steps)
-        step = 0
-        while step < self._cadence.num_steps:
-            step += 1
-            start_s = time.perf_counter()
+        while self._step < self._cadence.num_steps:
+            self._step += 1
+            step, start_s = self._step, time.perf_counter()
             samples = await self._stream.take(batch_size)
             if step < self._cadence.num_steps:
                 self._stream.prefetch(batch_size)

@@ -226,7 +226,7 @@ class Client:
             if self.current is not None:
                 register = dataclasses.replace(register, run=self.current.run, epoch=self.current.epoch)
             self._say(register)
-            self._link.reconnected()
+            self._link.hurry()
         else:
             while self._dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
                 self._receive(codec.receive(self._dealer))

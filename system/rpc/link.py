@@ -103,8 +103,8 @@ class Link(Generic[B]):
         while self._unacknowledged and (first := next(iter(self._unacknowledged))) <= received:
             del self._unacknowledged[first]
 
-    def reconnected(self) -> None:
-        """The connection is a new one: what was under way on the old one may be lost, and is due at once."""
+    def hurry(self) -> None:
+        """What is under way is likely lost, with its connection perhaps: it is due at once."""
         self._again_s = 0.0
         for sent in self._unacknowledged.values():
             sent.again_s, sent.wait_s = 0.0, RESEND_S / 2

@@ -141,14 +141,12 @@ class Peer:
             pending.timer.cancel()
         return pending
 
-    def drop(self, error: RunError | None = None) -> None:
-        """Waits for no reply any longer: all fail with the error, or are cancelled."""
+    def drop(self, error: RunError) -> None:
+        """Waits for no reply any longer: all fail with the error."""
         for identity in list(self.pending):
             pending = self.forget(identity)
             assert pending is not None, "taken from there"
-            if error is None:
-                pending.answer.cancel()
-            elif not pending.answer.done():
+            if not pending.answer.done():
                 pending.answer.set_exception(error)
 
     def obituary(self, cause: str, now_s: float, log_directory: Path) -> RunError:

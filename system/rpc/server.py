@@ -23,9 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import zmq
-
-from ...api.errors import ConfigError, DeadlineExceeded, ProtocolError, RunError
+from ...api.errors import DeadlineExceeded, ProtocolError, RunError
 from . import codec
 from .commands import Command, Hook
 from .drops import Drops
@@ -46,22 +44,19 @@ from .messages import (
     Welcome,
 )
 from .peer import Answer, Asked, Peer, Pending, Roster
+from .port import Port
 
 logger = logging.getLogger(__name__)
 
-_PING_SHARE, _PONG_SHARE = 0.2, 0.6
-"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for us to notice."""
 _LATE_GRACE_S = 1.0
 """For a worker to end itself at a deadline, and for us to learn of it."""
-_RECONNECT_S = 0.4
+_RECONNECT_S = 0.3
 """For a connection that closed to come back, before its worker is lost."""
+_LINGER_S = 0.5
 _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
 _STRANGER_BYTES = 2**15
 """The most that one who is not registered may send at once: a registration is far smaller."""
-_DRAINED_AT_ONCE = 1000
-"""Messages, however many more may wait."""
-_READABLE = int(zmq.POLLIN)
 MAX_PENDING = 2**16
 """The most requests of one worker that wait for replies: who submits more has lost count."""
 
@@ -80,23 +75,20 @@ class Server:
         log_directory: Path,
     ) -> None:
         self.run, self.epoch = run, epoch
-        self._silence_s, self._log_directory = silence_s, log_directory
+        self._log_directory = log_directory
         self._roster = Roster(run, num_workers, code_digest)
         self._drops = Drops(logger)
         self._num_requests = 0
-        self._drain_is_due = False
-        self._context = zmq.Context()
-        self._socket = _bound_router(self._context, address, silence_s)
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._port = Port(address, silence_s)
+        self.address = self._port.address
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Any] = self._future()  # Any: it never has a result
         """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
-        self._loop.add_reader(self._socket.fileno(), self._drain)
-        self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
-        self._drain_soon()
+        self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
+        self._port.open(self._received)
         return self
 
     async def __aexit__(
@@ -105,7 +97,8 @@ class Server:
         reason = "the run is over" if error is None else f"the run ended: {error or type(error).__name__}"
         shutdown = Shutdown(is_done=error is None, reason=reason[:2000])
         for peer in list(self._roster.peers.values()):
-            peer.drop()
+            peer.lost = RunError(reason)
+            peer.drop(peer.lost)
             if peer.welcome is None:
                 self._say(peer, shutdown)
             else:
@@ -117,16 +110,19 @@ class Server:
         for peer in self._roster.peers.values():
             if peer.gone is not None:
                 peer.gone.cancel()
-        self._loop.remove_reader(self._socket.fileno())
         self.lost.cancel()
-        self._socket.close(linger=500)  # here, on the thread that uses it
-        await asyncio.to_thread(self._context.term)
+        await self._port.close(_LINGER_S)
 
     async def _all_told(self) -> None:
-        """Waits until nothing is left to acknowledge."""
-        while not all(peer.link.is_idle for peer in self._roster.peers.values()):
+        """Waits until nothing is left to acknowledge. Time is short: what is not acknowledged is soon sent again."""
+        while waiting := [peer for peer in self._roster.peers.values() if not peer.link.is_idle]:
             self._arrived.clear()
-            await self._arrived.wait()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), _SHUTDOWN_S / 5)
+            except TimeoutError:
+                for peer in waiting:
+                    peer.link.hurry()
+                    self._flush(peer)
 
     async def workers(self, deadline_s: float) -> list[Register]:
         """Waits until every worker has registered; then ranks are fixed, workers of one host side by side.
@@ -160,15 +156,17 @@ class Server:
         for rank, peer in enumerate(self._roster.by_rank):
             peer.last_heard_s = self._loop.time()
             peer.link, peer.welcome = Link(), make(rank)
+            assert (peer.welcome.run, peer.welcome.epoch) == (self.run, self.epoch), "a welcome is to this epoch"
             self._say(peer, peer.welcome)
 
     def next_epoch(self) -> None:
         """Begins a new epoch with the workers that are left: `workers` waits for others in place of the lost."""
+        over = RunError(f"epoch {self.epoch} is over")
         self.epoch += 1
         self.lost = self._future()
         for peer in self._roster.peers.values():
             peer.rank, peer.welcome = None, None
-            peer.drop()
+            peer.drop(over)
         if not self._roster.is_complete:
             self._all_registered.clear()
 
@@ -186,7 +184,7 @@ class Server:
         """Asks a worker for something. `name` says in errors what it was.
 
         The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that the worker raised),
-        with `DeadlineExceeded`, or with `WorkerLost`.
+        with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first.
         """
         peer = self._roster.by_rank[rank]
         if len(peer.pending) >= MAX_PENDING:
@@ -242,20 +240,12 @@ class Server:
 
     def _transmit(self, peer: Peer, order: int, body: codec.Body) -> None:
         envelope = codec.Envelope(self.epoch, order, peer.link.received, self._loop.time())
-        try:
-            codec.send(self._socket, [peer.route, envelope.encode(), *body])
-        except zmq.Again:
-            pass  # its queue is full: the link sends it again
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                self._lose(peer, f"cannot be sent to ({error})")
-            elif peer.gone is None:
-                peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
-        self._drain_soon()
+        if not self._port.send(peer.route, [envelope.encode(), *body]) and peer.gone is None:
+            peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
 
     def _lose_gone(self, peer: Peer) -> None:
         silent_s = self._loop.time() - peer.last_heard_s
-        if peer.welcome is not None and silent_s > self._silence_s * _PONG_SHARE:
+        if peer.welcome is not None and silent_s > self._port.noticed_s:
             self._lose(peer, f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)")
         else:
             self._lose(peer, "closed its connection")
@@ -263,35 +253,18 @@ class Server:
     def _refuse(self, route: bytes, version: int, reason: str) -> None:
         """In words that a worker of that version can read: its envelope, and `Refuse`, are the same in all of them."""
         envelope = codec.Envelope(epoch=0, version=version)
-        frames = [route, envelope.encode(), *codec.encode_body(Refuse(reason=reason))]
-        with contextlib.suppress(zmq.ZMQError):
-            codec.send(self._socket, frames)
-        self._drain_soon()
+        self._port.send(route, [envelope.encode(), *codec.encode_body(Refuse(reason=reason))])
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
-    def _drain_soon(self) -> None:
-        """The socket's descriptor is edge-triggered: a send can swallow its event."""
-        if not self._drain_is_due:
-            self._drain_is_due = True
-            self._loop.call_soon(self._drain)
-
-    def _drain(self) -> None:
-        self._drain_is_due = False
-        if self._socket.closed:
-            return
-        for _ in range(_DRAINED_AT_ONCE):
-            if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:  # asking is cheaper than failing
-                return
-            route, *frames = codec.receive(self._socket, route=1)
-            try:
-                self._take(bytes(route), frames)
-            except ProtocolError as error:
-                self._drops.note(str(error), self._loop.time())
-                peer = self._roster.by_route.get(bytes(route))
-                if peer is not None:
-                    self._lose(peer, f"sent what cannot be read ({error})")
-        self._drain_soon()  # others on the loop have their turn
+    def _received(self, route: bytes, frames: codec.Body) -> None:
+        try:
+            self._take(route, frames)
+        except ProtocolError as error:
+            self._drops.note(str(error), self._loop.time())
+            peer = self._roster.by_route.get(route)
+            if peer is not None:
+                self._lose(peer, f"sent what cannot be read ({error})")
 
     def _take(self, route: bytes, frames: codec.Body) -> None:
         envelope = codec.Envelope.decode(frames)
@@ -342,7 +315,7 @@ class Server:
             if peer.welcome is not None:
                 is_new = (register.run, register.epoch) != (self.run, self.epoch)
                 self._say(peer, peer.welcome if is_new else Ping())  # it begins nothing until it hears us
-            peer.link.reconnected()
+            peer.link.hurry()
             self._flush(peer)
             return
         peer = Peer(route, register, self._loop.time())
@@ -363,8 +336,8 @@ class Server:
     # -- time and loss --------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(HEARTBEAT_S / 2, self._tick)
-        self._drain()  # after a stall, signs of life lie unread
+        self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
+        self._port.drain()  # after a stall, signs of life lie unread
         self.probe()
         for peer in list(self._roster.peers.values()):
             self._flush(peer)
@@ -381,24 +354,3 @@ class Server:
         self._refuse(peer.route, PROTOCOL_VERSION, "it was given up as lost")  # if it can hear
         if not self.lost.done():
             self.lost.set_exception(peer.lost)
-
-
-def _bound_router(context: zmq.Context[zmq.Socket[bytes]], address: str, silence_s: float) -> zmq.Socket[bytes]:
-    """Raises `ConfigError` if the address cannot be had, and ends the context."""
-    router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    router.setsockopt(zmq.LINGER, 500)
-    router.setsockopt(zmq.IPV6, "[" in address)
-    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a closed connection is an error: how we learn of it
-    router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-    router.setsockopt(zmq.SNDHWM, codec.QUEUED_MESSAGES)
-    router.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
-    # pings of ZeroMQ's own, answered without Python; the last makes the other end give up as soon as we do
-    router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
-    router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
-    router.setsockopt(zmq.HEARTBEAT_TTL, round(1000 * silence_s * _PONG_SHARE))
-    try:
-        router.bind(address)
-    except zmq.ZMQError as error:
-        context.destroy(linger=0)
-        raise ConfigError("--bind", address, f"cannot bind: {error}", "choose a free port of this machine") from None
-    return router

@@ -37,16 +37,16 @@ def failpoint(name: str, rank: int | None = None) -> None:
         case "hang":
             threading.Event().wait()
         case "spin":
-            _hold_the_interpreter(math.inf)
+            hold_the_interpreter(math.inf)
         case "stall":
-            _hold_the_interpreter(STALL_S)
+            hold_the_interpreter(STALL_S)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case _:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _hold_the_interpreter(seconds: float) -> None:
+def hold_the_interpreter(seconds: float) -> None:
     """Runs Python without ever handing the interpreter lock to another thread."""
     before_s, end_s = sys.getswitchinterval(), time.monotonic() + seconds
     sys.setswitchinterval(1e6)

@@ -10,8 +10,9 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Called once by each service at its start."""
-    logging.basicConfig(level=level, format=_FORMAT, stream=sys.stderr, force=True)
+    """Called once by each service at its start. Files get everything from INFO on, whatever the level here."""
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, stream=sys.stderr, force=True)
+    logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from trainmaster.api.errors import WorkerLost
 from trainmaster.api.experiment_file import LoadedExperiment, read_experiment_file
-from trainmaster.system.master import first_cause, run_epoch
+from trainmaster.system.dispatch import first_cause
+from trainmaster.system.master import run_epoch
 from trainmaster.system.monitoring.metrics import MetricsLog
 from trainmaster.system.monitoring.progress import ProgressLine
 from trainmaster.system.rpc.server import Server

@@ -26,7 +26,8 @@ import zmq
 from fuzz import Fuzzer, corpus, long_frame, rss_bytes, shaken_hands
 from trainmaster.api.errors import ProtocolError, WorkerLost
 from trainmaster.api.experiment_file import LoadedExperiment, read_experiment_file
-from trainmaster.system.master import first_cause, run_epoch
+from trainmaster.system.dispatch import first_cause
+from trainmaster.system.master import run_epoch
 from trainmaster.system.monitoring.metrics import MetricsLog
 from trainmaster.system.monitoring.progress import ProgressLine
 from trainmaster.system.rpc import codec

@@ -57,6 +57,9 @@ def test_a_worker_that_hangs_ends_itself_at_its_deadline(workbench: Workbench, p
     assert f"took longer than its {deadline_s} s (run.deadlines)" in done.stderr
     assert "in failpoint" in done.stderr, "its stacks are in the error"
     assert "ended itself at a call's deadline" in done.stderr
+    assert re.search(r"^in: (set-up|step \d of 2) of run test$", done.stderr, re.MULTILINE)
+    assert "likely: a hang (the stacks tell where)" in done.stderr
+    assert "logs: " in done.stderr
     assert took_s < deadline_s + MARGIN_S
     assert workbench.wait_until_gone(1.0) == []
 
@@ -78,6 +81,8 @@ def test_a_killed_worker_is_known_within_a_second(workbench: Workbench) -> None:
     print(f"SIGKILL: known after {took_s:.2f} s")
     assert done.returncode == 1
     assert "worker 1" in done.stderr
+    assert "in: step 1 of 2 of run test" in done.stderr
+    assert "likely: its process was killed" in done.stderr
     assert took_s < 1.0
 
 

@@ -35,7 +35,7 @@ def test_after_a_reconnection_all_that_was_under_way_is_due():
     link: Link[str] = Link()
     link.post("a")
     link.due(0.0)
-    link.reconnected()
+    link.hurry()
     assert link.due(0.1) == [(1, "a")]
 
 

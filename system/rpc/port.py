@@ -1,0 +1,97 @@
+"""The master's socket: a ROUTER that the event loop drives. Frames come in and go out; their meaning is not known here.
+
+The router names each connection itself, so nobody can speak or listen under another's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from ...api.errors import ConfigError
+from . import codec
+
+_PING_SHARE, _PONG_SHARE = 0.2, 0.6
+"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for the server to notice."""
+_DRAINED_AT_ONCE = 1000
+"""Messages, however many more may wait."""
+_READABLE = int(zmq.POLLIN)
+
+
+class Port:
+    """Bound at construction; `open` on the loop that is to drive it."""
+
+    def __init__(self, address: str, silence_s: float) -> None:
+        self.noticed_s = silence_s * _PONG_SHARE
+        """How long a silence is when ZeroMQ closes a connection for it, at least."""
+        self._context = zmq.Context()
+        self._router = self._bound(address, silence_s)
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._is_drain_due = False
+
+    def _bound(self, address: str, silence_s: float) -> zmq.Socket[bytes]:
+        """Raises `ConfigError` if the address cannot be had."""
+        router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.IPV6, "[" in address)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # to send to a closed connection is an error: how we learn of it
+        router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
+        router.setsockopt(zmq.SNDHWM, codec.QUEUED_MESSAGES)
+        router.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
+        # answered by ZeroMQ's own thread, whatever Python does at the other end
+        router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
+        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
+        try:
+            router.bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(
+                "--bind", address, f"cannot bind: {error}", "choose a free port of this machine"
+            ) from None
+        return router
+
+    def open(self, take: Callable[[bytes, codec.Body], None]) -> None:
+        """Has every message passed on, with the name of its connection."""
+        self._loop, self._take = asyncio.get_running_loop(), take
+        self._loop.add_reader(self._router.fileno(), self.drain)
+        self._drain_soon()
+
+    async def close(self, linger_s: float) -> None:
+        self._loop.remove_reader(self._router.fileno())
+        self._router.close(linger=round(1000 * linger_s))  # here, on the thread that uses it
+        await asyncio.to_thread(self._context.term)
+
+    def send(self, route: bytes, frames: codec.Body) -> bool:
+        """Whether the connection is there still. What a full queue does not take is lost."""
+        if self._router.closed:
+            return False
+        try:
+            codec.send(self._router, [route, *frames])
+        except zmq.Again:
+            pass
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        finally:
+            self._drain_soon()
+        return True
+
+    def drain(self) -> None:
+        """Passes on what has arrived."""
+        self._is_drain_due = False
+        if self._router.closed:
+            return
+        for _ in range(_DRAINED_AT_ONCE):
+            if not int(self._router.getsockopt(zmq.EVENTS)) & _READABLE:  # asking is cheaper than failing
+                return
+            route, *frames = codec.receive(self._router, route=1)
+            self._take(bytes(route), frames)
+        self._drain_soon()  # others on the loop have their turn
+
+    def _drain_soon(self) -> None:
+        """The socket's descriptor is edge-triggered: a send can swallow its event."""
+        if not self._is_drain_due:
+            self._is_drain_due = True
+            self._loop.call_soon(self.drain)

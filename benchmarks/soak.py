@@ -57,7 +57,7 @@ from trainmaster.workers.service import Worker
 
 NUM_WORKERS, IN_FLIGHT = 16, 4
 """Calls under way at each worker."""
-FAULT_EVERY_S, FAULT_S, SILENCE_S = 8.0, 2.0, 5.0
+FAULT_EVERY_S, FAULT_S, SILENCE_S = 20.0, 2.0, 5.0
 OWN_DESCRIPTORS, OWN_FILES = 2, 1
 """The file of answers, and multiprocessing's resource tracker."""
 MAX_CALLS = 2**26

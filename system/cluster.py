@@ -26,7 +26,6 @@ from .rpc.messages import Register, Welcome
 from .rpc.server import Server
 from .service.addresses import is_loopback
 
-
 logger = logging.getLogger(__name__)
 
 

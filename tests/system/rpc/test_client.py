@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,22 @@ def test_a_lost_master_ends_the_process(master: Master):
     code, _, err = master.ended()
     assert code == 3
     assert "the master closed its connection, or fell silent, and did not come back: this worker ends" in err
+
+
+def test_a_late_welcome_of_an_older_epoch_changes_nothing(master: Master):
+    master.start()
+    master.send(welcome())
+    master.send(replace(welcome(), epoch=EPOCH - 1), linked=False)
+    master.send(replace(welcome(), run="other", epoch=EPOCH + 1), linked=False)
+    master.send(request(1))
+    assert master.reply().id == 1
+
+
+def test_what_expired_on_its_way_is_not_begun(master: Master):
+    """This master's envelopes say that its clock stands at 0."""
+    master.start()
+    master.send(welcome())
+    master.send(Ping())
+    master.send(replace(request(1), submitted_s=-61.0))
+    master.send(replace(request(2), submitted_s=-50.0))
+    assert master.reply().id == 2

@@ -3,7 +3,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trainmaster.system.rpc.link import MAX_RESEND_S, RESEND_S, WINDOW, Link
+from trainmaster.system.rpc.link import MAX_RESEND_S, RESEND_S, WINDOW, Link, MasterClock
 
 
 def test_messages_are_numbered_and_kept_until_they_are_acknowledged():
@@ -91,3 +91,31 @@ def test_over_any_transport_each_message_arrives_once_and_in_order(seed: int, co
         if draw.random() < 0.5:
             sender.acknowledge(receiver.received)
     assert arrived == list(range(count))
+
+
+# -- the master's clock -----------------------------------------------------------------------------------------------
+
+
+def test_the_quickest_message_tells_how_the_clocks_differ():
+    clock = MasterClock()
+    for sent_s, took_s in ((100.0, 0.3), (101.0, 0.001), (102.0, 7.0)):
+        clock.note(sent_s, sent_s + 40.0 + took_s)
+    assert clock.age(100.0, 145.0) == pytest.approx(5.0, abs=0.002)
+
+
+@given(st.floats(-1e-4, 1e-4), st.lists(st.floats(0.0, 0.2), min_size=300, max_size=600))
+def test_clocks_may_drift(drift: float, delays: list[float]):
+    clock, pause_s = MasterClock(), 0.25
+    for at, delay in enumerate([*delays, *[0.0] * 10]):
+        sent_s = at * pause_s
+        clock.note(sent_s, sent_s * (1 + drift) + delay)
+    now_s = sent_s * (1 + drift)
+    assert clock.age(sent_s, now_s) == pytest.approx(0.0, abs=256 * pause_s * abs(drift) + 1e-6)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=700))
+def test_only_the_last_messages_count(differences: list[float]):
+    clock = MasterClock()
+    for difference in differences:
+        clock.note(0.0, difference)
+    assert clock.age(0.0, 0.0) == -min(differences[-256:])

@@ -599,6 +599,45 @@ def test_a_worker_that_was_given_up_is_fenced(tmp_path: Path):
     with_server(tmp_path, scenario)
 
 
+def test_a_worker_of_another_run_is_refused(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        stray = connect()
+        await stray.send(replace(register(epoch=EPOCH), run="other"))
+        refusal = await stray.receive()
+        assert isinstance(refusal, Refuse)
+        assert refusal.reason == f"it belongs to the run other, and this master's is {RUN}"
+        await welcomed(server, connect)
+
+    with_server(tmp_path, scenario)
+
+
+def test_nobody_can_speak_under_the_name_of_anothers_connection(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        (route,) = server._roster.by_route
+        forger = worker._context.socket(zmq.DEALER)
+        forger.setsockopt(zmq.ROUTING_ID, route)
+        forger.connect(server.address)
+        await forger.send_multipart([b"garbage", b""])
+        future = submit(server)
+        await worker.answer(await worker.receive(), Success(result=Done()))
+        await future
+        assert not await forger.poll(0)
+        assert not server.lost.done()
+        forger.close(linger=0)
+
+    with_server(tmp_path, scenario)
+
+
+def test_a_stranger_cannot_have_much_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    async def scenario(server: Server, connect: Connect) -> None:
+        await connect().socket.send_multipart([OURS, bytes(2**15)])
+        await welcomed(server, connect)
+        assert "a first message of 32810 bytes" in caplog.text
+
+    with_server(tmp_path, scenario)
+
+
 def test_after_a_loss_the_others_go_on_in_a_new_epoch(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         stays, leaves = connect(), connect()

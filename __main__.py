@@ -1,4 +1,5 @@
-"""The command line: `trainmaster run | master | worker | check | graph FILE`.
+"""The command line: `trainmaster run | master | worker | check | graph FILE`, and `ps`, `status`, `logs`, `pause`,
+`unpause`, `stop` for runs that are there.
 
 Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was started; 128 + n stopped by
 signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is gone; 4 its master ended the run early.
@@ -7,16 +8,18 @@ signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is go
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .api.errors import ConfigError, Interrupted, ModelError, RemoteError, RunError, TrainmasterError
-from .api.experiment_file import LoadedExperiment, read_experiment_file
+
+if TYPE_CHECKING:
+    from .api.experiment_file import LoadedExperiment
 
 _OVERRIDES = "every field of the experiment can be set: --model.layout.pp 2; `trainmaster check FILE --help` lists them"
 
@@ -58,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler, parser=command)
         return command
 
-    add("run", _run, "start a master and its workers on this machine, and follow them")
+    run = add("run", _run, "start a master and its workers on this machine, and follow them")
+    run.add_argument("--detach", action="store_true", help="leave it running, and return once it has begun")
     master = add("master", _master, "start the master alone; workers come by `trainmaster worker`")
     master.add_argument("--bind", default="", metavar="ADDRESS", help="tcp://HOST:PORT or ipc://PATH")
     master.add_argument(
@@ -71,22 +75,78 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--advertise", metavar="HOST", help="this machine's address for other workers")
     for service in (master, worker):
         service.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # started by `trainmaster run`
+    _add_operations(commands)
     add("check", _check, "check an experiment and its files; start nothing")
     add("graph", _graph, "print an experiment's models and dataflow graph")
     return parser
 
 
+def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands on runs that are there, by name, directory or address."""
+
+    def add(name: str, handler: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name != "ps":
+            command.add_argument("run", metavar="RUN", help="a run's name, its directory, or its master's address")
+        command.add_argument("--directory", type=Path, default=Path("runs"), help="where run directories are (runs)")
+        command.set_defaults(handler=handler, parser=command, file=Path())
+        return command
+
+    for name, text in (("ps", "list the runs of a folder"), ("status", "say what a run and its workers are at")):
+        command = add(name, _operate, text)
+        command.add_argument("--json", action="store_true", help="for programs")
+        if name == "status":
+            command.add_argument("-f", "--follow", action="store_true", help="again every second, until it ends")
+    command = add("logs", _operate, "show the logs of a run's services, by time")
+    command.add_argument("worker", nargs="?", metavar="WORKER", help="a worker's rank, or master")
+    command.add_argument("-f", "--follow", action="store_true", help="go on as they grow, until the run ends")
+    add("pause", _operate, "have a run wait after the step that is under way")
+    add("unpause", _operate, "have a paused run go on")
+    command = add("stop", _operate, "end a run after the step that is under way, with a checkpoint")
+    command.add_argument("--now", action="store_true", help="at once, without one")
+
+
+def _operate(options: argparse.Namespace, rest: list[str]) -> int:
+    from .system import operate
+    from .system.rpc.messages import Order
+
+    command = options.parser.prog.split()[-1]
+    if rest:
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    match command:
+        case "ps":
+            operate.ps(options.directory, options.json)
+        case "status":
+            operate.status(options.run, options.directory, options.follow, options.json)
+        case "logs":
+            operate.logs(options.run, options.worker, options.directory, options.follow)
+        case "stop":
+            operate.order(options.run, options.directory, Order.STOP_NOW if options.now else Order.STOP)
+        case _:
+            operate.order(options.run, options.directory, Order(command))
+    return 0
+
+
 def _load(options: argparse.Namespace, overrides: list[str], command: str) -> LoadedExperiment:
+    from .api.experiment_file import read_experiment_file
+
     return read_experiment_file(options.file).resolve(overrides, prog=f"trainmaster {command} {options.file}")
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    import asyncio
+
     from .system.launchers.local import LocalRun
-    from .system.preflight import check_files, check_functions
+    from .system.preflight import check_files, check_functions, check_run_directory
 
     loaded = _load(options, overrides, "run")
     check_files(loaded.compiled)
     check_functions(loaded)
+    if options.detach:
+        from .system.launchers.detached import start_detached
+
+        check_run_directory(loaded.compiled.run.path)
+        return start_detached(options.file, overrides, loaded.compiled.run.path)
     with _claimed(loaded.compiled.run.path) as directory:
         run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory)
         code = asyncio.run(run.follow())
@@ -96,6 +156,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _master(options: argparse.Namespace, overrides: list[str]) -> int:
+    import asyncio
+
     from .system.master import run_master
     from .system.preflight import check_files, check_functions
     from .system.service.addresses import check_address, is_local
@@ -132,6 +194,7 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _worker(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .api.experiment_file import read_experiment_file
     from .system.service.addresses import check_address
     from .system.service.logs import log_to_stderr
     from .system.service.parent import end_with_parent

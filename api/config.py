@@ -174,6 +174,8 @@ class RunOptions:
     """Intra-op threads of each worker; by default this machine's cores divided by its workers, at least one."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     """How long to wait for what."""
+    log_json: bool = False
+    """Write logs as JSON, one object a line."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.passes is not None:

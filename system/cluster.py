@@ -63,6 +63,7 @@ class Cluster:
                 overrides=self._loaded.overrides,
                 experiment_digest=self._loaded.experiment_digest,
                 log_directory=str(log_directory),
+                log_json=self._run.log_json,
                 orphan_s=self._run.deadlines.orphan_s,
                 silence_s=self._run.deadlines.silence_s,
             )

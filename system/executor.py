@@ -139,6 +139,13 @@ class Executor:
         self._arrived(moves)
         self._record(call, answers, traversal)
 
+    async def save(self, saves: Mapping[str, Save]) -> tuple[ShardFile, ...]:
+        """Writes models as they are, between two traversals. `saves` are by the calls that train them."""
+        traversal = Traversal()
+        for call in self._graph.model_calls:
+            await self._save_only(call, saves.get(call.name), traversal)
+        return traversal.files
+
     async def _save_only(self, call: ModelFunctionCall, save: Save | None, traversal: Traversal) -> None:
         """A checkpoint that is due is written even if there was nothing to train on."""
         if save is None:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..api.algorithms import Generation
@@ -18,17 +19,21 @@ from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
 from .cadence import Cadence, plan_cadence
 from .cluster import Cluster
+from .control import Control
 from .dispatch import first_cause, located
 from .evaluation import Evaluator
 from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine
 from .rpc.commands import DatasetOpened
 from .rpc.server import Server
+from .service.lifecycle import Life, State
 from .service.logs import log_to_file
 from .storage import Storage
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+_REASON_CHARACTERS = 2000
 
 
 async def run_master(loaded: LoadedExperiment, address: str) -> None:
@@ -49,7 +54,7 @@ async def run_master(loaded: LoadedExperiment, address: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt, number)
     try:
-        await _run(loaded, address)
+        await _run(loaded, address, lambda: interrupt(signal.SIGTERM))
     except asyncio.CancelledError:
         if not interrupted:
             raise
@@ -58,9 +63,9 @@ async def run_master(loaded: LoadedExperiment, address: str) -> None:
         raise first_cause(group) from group
 
 
-async def _run(loaded: LoadedExperiment, address: str) -> None:
+async def _run(loaded: LoadedExperiment, address: str, end_now: Callable[[], object]) -> None:
     compiled, directory = loaded.compiled, loaded.compiled.run.path.resolve()
-    log_to_file(directory / "logs" / "master.log")
+    log_to_file(directory / "logs" / "master.log", compiled.run.name, as_json=compiled.run.log_json)
     server = Server(
         address,
         run=compiled.run.name,
@@ -70,15 +75,30 @@ async def _run(loaded: LoadedExperiment, address: str) -> None:
         silence_s=compiled.run.deadlines.silence_s,
         log_directory=directory / "logs",
     )
+    life = Life(directory, compiled.run.name, server.address)
+    control = Control(life, server, compiled.num_workers, end_now)
     metrics = MetricsLog(directory)
     try:
         with ProgressLine() as progress:
             async with server, asyncio.TaskGroup() as group:
                 watch = group.create_task(_watch(server), name="watch")
-                await run_epoch(loaded, server, directory, metrics, progress)
+                await run_epoch(loaded, server, directory, metrics, progress, control)
                 watch.cancel()
+                life.enter(State.STOPPING)
+        life.enter(State.STOPPED)
+    except BaseException as error:
+        _note_end(life, error)
+        raise
     finally:
         metrics.close()
+
+
+def _note_end(life: Life, error: BaseException) -> None:
+    if isinstance(error, asyncio.CancelledError):  # told to, by a signal or by an order
+        life.enter(State.STOPPING)
+        life.enter(State.STOPPED, "stopped before its end")
+    else:
+        life.enter(State.FAILED, str(first_cause(error))[:_REASON_CHARACTERS])
 
 
 async def _watch(server: Server) -> None:
@@ -87,14 +107,21 @@ async def _watch(server: Server) -> None:
 
 
 async def run_epoch(
-    loaded: LoadedExperiment, server: Server, directory: Path, metrics: MetricsLog, progress: ProgressLine
+    loaded: LoadedExperiment,
+    server: Server,
+    directory: Path,
+    metrics: MetricsLog,
+    progress: ProgressLine,
+    control: Control,
 ) -> None:
     """From workers that register to the last step. Raises `RunError` if a worker is lost on the way."""
     compiled, storage = loaded.compiled, Storage()
     cluster = Cluster(server, loaded)
     with located(server, lambda: f"set-up of run {compiled.run.name}"):
         progress.note(f"{compiled.run.name}: waiting for {compiled.num_workers} workers at {server.address}")
+        control.life.enter(State.STARTING)
         workers = await cluster.assemble(directory / "logs")
+        control.life.enter(State.READY)
         opened = await cluster.open_dataset(compiled.training)
         cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)
         evaluators = [
@@ -109,7 +136,7 @@ async def run_epoch(
             f"on workers {', '.join(f'{rank} ({workers[rank].host})' for rank in placed.ranks)}"
         )
     _describe_batches(compiled, cadence, opened, progress)
-    await Trainer(compiled, cadence, server, storage, evaluators, metrics, progress).run()
+    await Trainer(compiled, cadence, server, storage, evaluators, metrics, progress, control).run()
 
 
 def _describe_batches(

@@ -12,13 +12,15 @@ from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
 from .cadence import Cadence
 from .checkpoints import CheckpointFolder
+from .control import Control
 from .dispatch import located
 from .evaluation import Evaluator
 from .executor import CALL_FUNCTION, CALL_MODEL, Executor, Traversal
 from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine
-from .rpc.commands import Save
+from .rpc.commands import Save, ShardFile
 from .rpc.server import Server
+from .service.logs import at
 from .storage import Storage
 from .stream import SampleStream
 
@@ -46,9 +48,10 @@ class Trainer:
         evaluators: Sequence[Evaluator],
         metrics: MetricsLog,
         progress: ProgressLine,
+        control: Control,
     ) -> None:
         self._compiled, self._cadence = compiled, cadence
-        self._server = server
+        self._server, self._control = server, control
         self._evaluators, self._metrics, self._progress = evaluators, metrics, progress
         graph = compiled.training.graph
         self._executor = Executor(graph, compiled, server, storage)
@@ -64,22 +67,40 @@ class Trainer:
             await self._run()
 
     async def _run(self) -> None:
-        batch_size = self._compiled.training.graph.batch_size
         await self._evaluate(0)
         self._progress.start(self._cadence.num_steps)
         while self._step < self._cadence.num_steps:
+            if not await self._control.begin(self._step + 1, self._cadence.num_steps):
+                await self._stop_early()
+                return
             self._step += 1
-            step, start_s = self._step, time.perf_counter()
-            samples = await self._stream.take(batch_size)
-            if step < self._cadence.num_steps:
-                self._stream.prefetch(batch_size)
-            traversal = await self._executor.traverse(samples, self._saves(step))
-            self._report(step, traversal, time.perf_counter() - start_s)
-            if self._cadence.saves_after(step):
-                path = await asyncio.to_thread(self._checkpoints.publish, step, traversal.files)
-                logger.info("saved %s", path)
-                self._progress.note(f"saved {path}")
-            await self._evaluate(step)
+            with at(step=self._step):
+                await self._take_step(self._step)
+
+    async def _take_step(self, step: int) -> None:
+        batch_size, start_s = self._compiled.training.graph.batch_size, time.perf_counter()
+        samples = await self._stream.take(batch_size)
+        if step < self._cadence.num_steps:
+            self._stream.prefetch(batch_size)
+        traversal = await self._executor.traverse(samples, self._saves(step))
+        self._report(step, traversal, time.perf_counter() - start_s)
+        if self._cadence.saves_after(step):
+            await self._publish(step, traversal.files)
+        await self._evaluate(step)
+
+    async def _stop_early(self) -> None:
+        """Because somebody asked: what is not saved yet is saved."""
+        step = self._step
+        if step > 0 and not self._cadence.saves_after(step):
+            path = self._checkpoints.begin(step)
+            saves = {call: Save(model=model, directory=str(path)) for call, model in self._trained.items()}
+            await self._publish(step, await self._executor.save(saves))
+        self._progress.note(f"stopped after step {step}, as asked")
+
+    async def _publish(self, step: int, files: Sequence[ShardFile]) -> None:
+        path = await asyncio.to_thread(self._checkpoints.publish, step, files)
+        logger.info("saved %s", path)
+        self._progress.note(f"saved {path}")
 
     def _saves(self, step: int) -> dict[str, Save] | None:
         if not self._cadence.saves_after(step):
@@ -123,6 +144,7 @@ class Trainer:
         values["performance/overhead_fraction"] = max(0.0, 1 - max(traversal.busy_s.values()) / seconds)
         self._metrics.add(step, values)
         self._metrics.add_examples(step, "train", traversal.examples)
+        self._control.finished(values)
         text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         logger.info("step %d/%d: %s, %.0f tokens/s", step, self._cadence.num_steps, text, tokens_per_s)
         self._progress.step(step, text, tokens_per_s)

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, TypeVar, assert_never
 from ..api.errors import ConfigError, ProtocolError
 from ..api.experiment_file import ExperimentFile
 from ..system.rpc.client import EXIT_RUN_FAILED, Client
-from ..system.rpc.commands import Redistribute, Save, ShardFile
+from ..system.rpc.commands import CallFunction, CallModel, Command, Redistribute, Save, ShardFile
 from ..system.rpc.messages import Failure, Lane, Register, Reply, Request, Success, Welcome, stacks_name
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
-from ..system.service.logs import log_to_file
+from ..system.service.logs import at, log_to_file
 from .alarm import Alarm
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
-    log_to_file(Path(welcome.log_directory) / f"worker-{welcome.rank}.log")
+    log = Path(welcome.log_directory) / f"worker-{welcome.rank}.log"
+    log_to_file(log, welcome.run, as_json=welcome.log_json)
 
     def set_up(welcome: Welcome) -> Handlers:
         loaded = file.resolve(welcome.overrides)
@@ -128,12 +129,13 @@ class Worker:
     def _answer(self, request: Request, left_s: float) -> Reply:
         seconds: dict[str, float] = {}
         outcome: Success | Failure
-        try:
-            with self._alarm.within(left_s):
-                outcome = self._execute(request, seconds)
-        except Exception as error:
-            logger.exception("%s failed", request.command.type)
-            outcome = _failure(error)
+        with at(step=request.step, call=_name(request.command)):
+            try:
+                with self._alarm.within(left_s):
+                    outcome = self._execute(request, seconds)
+            except Exception as error:
+                logger.exception("%s failed", request.command.type)
+                outcome = _failure(error)
         return Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds=seconds)
 
     def _execute(self, request: Request, seconds: dict[str, float]) -> Success:
@@ -145,6 +147,10 @@ class Worker:
         for hook in request.post_hooks:
             _run_hook(handlers, hook, files, seconds)
         return Success(result=result, files=tuple(files))
+
+
+def _name(command: Command) -> str:
+    return command.call if isinstance(command, CallModel | CallFunction) else command.type
 
 
 def _run_hook(handlers: Handlers, hook: Redistribute | Save, files: list[ShardFile], seconds: dict[str, float]) -> None:

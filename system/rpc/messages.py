@@ -126,6 +126,8 @@ class Welcome:
     """Command-line overrides to apply to the experiment file."""
     experiment_digest: str
     log_directory: str
+    log_json: bool = False
+    """Whether to log as JSON."""
     orphan_s: NonNegativeFloat
     """How long to wait for a master whose connection closed, before ending."""
     silence_s: PositiveFloat
@@ -154,6 +156,8 @@ class Request:
     """From `submitted_s`, hooks included: then it is not begun any more, and a worker that is at it ends itself."""
     submitted_s: float
     """On the master's clock, which the worker knows from the envelopes."""
+    step: NonNegativeInt = 0
+    """For logs: the step that it belongs to, 0 outside of steps."""
     command: Command
     pre_hooks: tuple[Hook, ...] = ()
     post_hooks: tuple[Hook, ...] = ()
@@ -177,8 +181,64 @@ class Shutdown:
     reason: str
 
 
+class Order(StrEnum):
+    """What a person may ask of a run."""
+
+    STATUS = "status"
+    PAUSE = "pause"
+    UNPAUSE = "unpause"
+    STOP = "stop"
+    """After the step that is under way, with a checkpoint."""
+    STOP_NOW = "stop_now"
+
+
+@record
+class Inquire:
+    """From a command such as `trainmaster status`, which is no worker. Answered by `RunStatus`, or `Refuse`."""
+
+    type: Literal["inquire"] = "inquire"
+    order: Order
+
+
+@record
+class WorkerStatus:
+    rank: int | None
+    """None until all workers have come."""
+    host: str
+    pid: int
+    state: str
+    """idle, busy, or unresponsive: its interpreter lets it say nothing."""
+    call: str = ""
+    """What it is at, as errors would name it."""
+    call_s: NonNegativeFloat = 0.0
+    heard_s: NonNegativeFloat
+    """Since it was heard."""
+
+
+@record
+class RunStatus:
+    type: Literal["run_status"] = "run_status"
+    run: str
+    state: str
+    """See `system.service.lifecycle.State`."""
+    state_s: NonNegativeFloat
+    """For how long."""
+    up_s: NonNegativeFloat
+    epoch: NonNegativeInt
+    host: str
+    pid: int
+    num_workers: int
+    workers: tuple[WorkerStatus, ...]
+    """Those that are there."""
+    step: NonNegativeInt
+    """The step that is under way, or was last."""
+    num_steps: NonNegativeInt
+    values: dict[str, Annotated[float, Field(allow_inf_nan=True)]]
+    """Of the last step that was finished."""
+
+
 Message = Annotated[
-    Register | Heartbeat | Reply | Welcome | Refuse | Ping | Request | Cancel | Shutdown,
+    Register | Heartbeat | Reply | Welcome | Refuse | Ping | Request | Cancel | Shutdown | Inquire | RunStatus,
     Field(discriminator="type"),
 ]
 MESSAGES: TypeAdapter[Message] = TypeAdapter(Message)

@@ -21,9 +21,10 @@ from ...api.errors import (
     RunError,
     WorkerLost,
 )
+from ..service.logs import at
 from . import codec
 from .link import Link
-from .messages import HEARTBEAT_S, Executing, Failure, Register, Reply, Success, Welcome, stacks_name
+from .messages import HEARTBEAT_S, Executing, Failure, Register, Reply, Success, Welcome, WorkerStatus, stacks_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Pending:
     """A request that waits for its reply."""
 
     name: str
+    step: int
     start_s: float
     deadline_s: float
     answer: Asked
@@ -86,6 +88,7 @@ class Peer:
     executing: tuple[Executing, ...] = ()
     """What its last heartbeat said it was at."""
     pending: dict[int, Pending] = field(default_factory=dict)
+    has_failed: bool = False
     lost: RunError | None = None
 
     def __str__(self) -> str:
@@ -102,6 +105,23 @@ class Peer:
             self.responsive = True
             logger.warning("%s answers again after %.0f s", self, now_s - self.last_heard_s)
         self.last_heard_s = now_s
+
+    def status(self, now_s: float) -> WorkerStatus:
+        """What it is at, as far as it has said."""
+        silent_s = max(0.0, now_s - self.last_heard_s)
+        at = [(each.seconds + silent_s, self.pending[each.id]) for each in self.executing if each.id in self.pending]
+        at = at or [(now_s - each.start_s, each) for each in self.pending.values()]  # it has not said yet
+        call_s, pending = max(at, key=lambda each: each[0], default=(0.0, None))
+        state = "unresponsive" if not self.responsive else "idle" if pending is None else "busy"
+        return WorkerStatus(
+            rank=self.rank,
+            host=self.register.host,
+            pid=self.register.pid,
+            state=state,
+            call="" if pending is None else pending.name,
+            call_s=call_s,
+            heard_s=silent_s,
+        )
 
     def check_heartbeats(self, now_s: float) -> None:
         """Marks a worker whose connection lives, but whose Python lets it send nothing."""
@@ -126,7 +146,12 @@ class Peer:
             case Success() as success:
                 pending.answer.set_result(Answer(success, reply.seconds))
             case Failure() as failure:
-                pending.answer.set_exception(raised(f"{pending.name} on {self}", failure))
+                error = raised(f"{pending.name} on {self}", failure)
+                if not self.has_failed:
+                    with at(step=pending.step):
+                        logger.error("the first error of %s: %s", self, error)
+                self.has_failed = True
+                pending.answer.set_exception(error)
 
     def expire(self, identity: int) -> None:
         """For a worker that could not even end itself at its deadline."""

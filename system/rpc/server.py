@@ -33,6 +33,7 @@ from .messages import (
     PROTOCOL_VERSION,
     Cancel,
     Heartbeat,
+    Inquire,
     Lane,
     Message,
     Ping,
@@ -40,8 +41,10 @@ from .messages import (
     Register,
     Reply,
     Request,
+    RunStatus,
     Shutdown,
     Welcome,
+    WorkerStatus,
 )
 from .peer import Answer, Asked, Peer, Pending, Roster
 from .port import Port
@@ -75,8 +78,12 @@ class Server:
         log_directory: Path,
     ) -> None:
         self.run, self.epoch = run, epoch
+        self.step = 0
+        """For logs: the step that requests belong to."""
         self._log_directory = log_directory
         self._roster = Roster(run, num_workers, code_digest)
+        self.on_inquiry: Callable[[Inquire], RunStatus | Refuse] = lambda _: Refuse(reason="nobody here knows")
+        """Answers who asks after the run. Must not wait."""
         self._drops = Drops(logger)
         self._num_requests = 0
         self._port = Port(address, silence_s)
@@ -151,6 +158,12 @@ class Server:
         """Workers that are there, in the order in which they came."""
         return [peer.register for peer in self._roster.peers.values()]
 
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """Of all workers that are there, by rank or else as they came."""
+        now_s = self._loop.time()
+        statuses = [peer.status(now_s) for peer in self._roster.peers.values()]
+        return tuple(sorted(statuses, key=lambda status: -1 if status.rank is None else status.rank))
+
     def welcome(self, make: Callable[[int], Welcome]) -> None:
         """Sends every worker its welcome."""
         for rank, peer in enumerate(self._roster.by_rank):
@@ -198,6 +211,7 @@ class Server:
             lane=lane,
             deadline_s=deadline_s,
             submitted_s=self._loop.time(),
+            step=self.step,
             command=command,
             pre_hooks=pre_hooks,
             post_hooks=post_hooks,
@@ -209,7 +223,7 @@ class Server:
             answer.set_exception(peer.lost)
             return answer
         timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, peer.expire, identity)
-        peer.pending[identity] = Pending(name, request.submitted_s, deadline_s, answer, timer)
+        peer.pending[identity] = Pending(name, self.step, request.submitted_s, deadline_s, answer, timer)
         return answer
 
     def probe(self) -> None:
@@ -293,6 +307,9 @@ class Server:
     def _receive(self, route: bytes, peer: Peer | None, message: Message) -> None:
         if isinstance(message, Register):
             self._register(route, message)
+        elif isinstance(message, Inquire):
+            envelope = codec.Envelope(epoch=self.epoch)
+            self._port.send(route, codec.encode(self.on_inquiry(message), envelope))
         elif peer is None:
             self._drops.note(f"a {message.type} from someone who is not registered", self._loop.time())
         else:

@@ -1,24 +1,101 @@
-"""Where services log: standard error, and a file of each service in the run directory once there is one."""
+"""Where services log: standard error, and a file of each service in the run directory once there is one.
+
+Every line says where it was: run, service, step, call. A thread or task says so with `at`; what it starts inherits it.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+MAX_FILE_BYTES, NUM_OLD_FILES = 16 * 2**20, 4
+"""A full file becomes `NAME.log.1`, which becomes `NAME.log.2`, and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What a line belongs to; 0 and empty where that does not apply."""
+
+    run: str = ""
+    service: str = ""
+    step: int = 0
+    call: str = ""
+
+    def __str__(self) -> str:
+        step = f"step {self.step}" if self.step else ""
+        return " ".join(part for part in (self.run, self.service, step, self.call) if part)
+
+
+_where: ContextVar[Where] = ContextVar("where", default=Where())  # noqa: B039  (it is frozen)
+
+
+@contextmanager
+def at(*, step: int | None = None, call: str | None = None) -> Iterator[None]:
+    """Lines that are logged inside belong to this step, this call."""
+    before = _where.get()
+    token = _where.set(
+        replace(before, step=before.step if step is None else step, call=before.call if call is None else call)
+    )
+    try:
+        yield
+    finally:
+        _where.reset(token)
+
+
+class _Service(logging.Filter):
+    """Says where each record was; never drops one."""
+
+    def __init__(self, run: str, service: str) -> None:
+        super().__init__()
+        self._run, self._service = run, service
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.where = replace(_where.get(), run=self._run, service=self._service)
+        return True
+
+
+class _Text(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s [%(where)s] %(name)s: %(message)s")
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        where: Where = record.__dict__["where"]
+        line: dict[str, str | int] = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "run": where.run,
+            "service": where.service,
+            "step": where.step,
+            "call": where.call,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
     """Called once by each service at its start. Files get everything from INFO on, whatever the level here."""
-    logging.basicConfig(level=logging.INFO, format=_FORMAT, stream=sys.stderr, force=True)
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
     logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def log_to_file(path: Path) -> None:
-    """Also log to this file."""
+def log_to_file(path: Path, run: str, *, as_json: bool) -> None:
+    """Also logs to this file, whose stem is the service's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler = RotatingFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8")
+    handler.setFormatter(_Json() if as_json else _Text())
+    handler.addFilter(_Service(run, path.stem))
     logging.getLogger().addHandler(handler)

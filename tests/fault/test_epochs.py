@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from trainmaster.api.errors import WorkerLost
 from trainmaster.api.experiment_file import LoadedExperiment, read_experiment_file
+from trainmaster.system.control import Control
 from trainmaster.system.dispatch import first_cause
 from trainmaster.system.master import run_epoch
 from trainmaster.system.monitoring.metrics import MetricsLog
 from trainmaster.system.monitoring.progress import ProgressLine
 from trainmaster.system.rpc.server import Server
+from trainmaster.system.service.lifecycle import Life
 from workbench import Workbench
 
 LAYOUT = ("--model.layout.dp", "2", "--model.layout.pp", "2", "--run.steps", "3")
@@ -52,11 +54,12 @@ async def _run(workbench: Workbench, loaded: LoadedExperiment, directory: Path, 
     )
     with ProgressLine() as progress:
         async with server:
+            control = Control(Life(directory, compiled.run.name, server.address), server, 4, lambda: None)
             first = {start_worker(workbench, server.address) for _ in range(3)}
             doomed = start_worker(workbench, server.address, TRAINMASTER_FAILPOINT=fault)
             lost = MetricsLog(workbench.folder / "lost")
             with pytest.raises(ExceptionGroup) as caught:
-                await run_epoch(loaded, server, directory, lost, progress)
+                await run_epoch(loaded, server, directory, lost, progress, control)
             cause = first_cause(caught.value)
             assert isinstance(cause, WorkerLost)
             assert re.search(rf"\(pid {doomed} on .*\) closed its connection during call", str(cause))
@@ -65,7 +68,7 @@ async def _run(workbench: Workbench, loaded: LoadedExperiment, directory: Path, 
             server.next_epoch()
             second = first | {start_worker(workbench, server.address)}
             metrics = MetricsLog(directory)
-            await run_epoch(loaded, server, directory, metrics, progress)
+            await run_epoch(loaded, server, directory, metrics, progress, control)
             metrics.close()
             print(f"{fault}: the next epoch ended {time.monotonic() - start_s:.1f} s after the loss")
             there = {worker.pid for worker in server.registered}

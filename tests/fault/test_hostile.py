@@ -26,6 +26,7 @@ import zmq
 from fuzz import Fuzzer, corpus, long_frame, rss_bytes, shaken_hands
 from trainmaster.api.errors import ProtocolError, WorkerLost
 from trainmaster.api.experiment_file import LoadedExperiment, read_experiment_file
+from trainmaster.system.control import Control
 from trainmaster.system.dispatch import first_cause
 from trainmaster.system.master import run_epoch
 from trainmaster.system.monitoring.metrics import MetricsLog
@@ -46,6 +47,7 @@ from trainmaster.system.rpc.messages import (
     Welcome,
 )
 from trainmaster.system.rpc.server import Server
+from trainmaster.system.service.lifecycle import Life
 from wire import Wire
 from workbench import Workbench
 
@@ -65,6 +67,7 @@ import numpy as np
 from trainmaster.system.rpc.commands import Echo
 from trainmaster.system.rpc.messages import Lane, Welcome
 from trainmaster.system.rpc.server import Server
+from trainmaster.system.service.lifecycle import Life
 from trainmaster.system.service.logs import log_to_file
 
 async def main(address, epoch, silence_s, folder):
@@ -644,19 +647,20 @@ async def _outlived(workbench: Workbench, loaded: LoadedExperiment, directory: P
     )
     with ProgressLine() as progress:
         async with server:
+            control = Control(Life(directory, compiled.run.name, server.address), server, 4, lambda: None)
             arguments = ("worker", str(workbench.file), "--master", server.address)
             stay = {workbench.start(*arguments).pid for _ in range(compiled.num_workers - 1)}
             stale = workbench.start(*arguments, TRAINMASTER_FAILPOINT="worker.train_step=stop")
             lost = MetricsLog(workbench.folder / "lost")
             with pytest.raises(ExceptionGroup) as caught:
-                await run_epoch(loaded, server, directory, lost, progress)
+                await run_epoch(loaded, server, directory, lost, progress, control)
             lost.close()
             assert isinstance(first_cause(caught.value), WorkerLost), caught.value
             server.next_epoch()
             comes = workbench.start(*arguments)
             metrics = MetricsLog(directory)
             going_on = asyncio.create_task(_go_on(stale, directory))
-            await run_epoch(loaded, server, directory, metrics, progress)
+            await run_epoch(loaded, server, directory, metrics, progress, control)
             metrics.close()
             took_s = await going_on
             print(f"stopped in a step: ended {took_s:.2f} s after it went on, in the next epoch")

@@ -1,0 +1,167 @@
+"""The commands of people who operate runs: ps, status, logs, pause, unpause, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from pydantic import TypeAdapter
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..api.errors import ConfigError, RunError
+from .rpc.messages import Order, RunStatus
+from .service.inquiry import address_of, ask
+from .service.lifecycle import Entry, read_entry
+
+_REFRESH_S = 1.0
+_SHOWN_VALUES = 6
+_STATUS: TypeAdapter[RunStatus] = TypeAdapter(RunStatus)
+_ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
+
+
+def ps(directory: Path, as_json: bool) -> None:
+    """All runs of a folder, the youngest first."""
+    found = [(path, entry) for path in sorted(directory.glob("*/")) if (entry := read_entry(path)) is not None]
+    found.sort(key=lambda each: -each[1].started_s)
+    if as_json:
+        _say(json.dumps([{"directory": str(path), **_ENTRY.dump_python(entry, mode="json")} for path, entry in found]))
+        return
+    table = _table("run", "state", "for", "pid", "host", "address")
+    for _, entry in found:
+        age = duration(time.time() - entry.since_s)
+        table.add_row(entry.run, entry.state, age, str(entry.pid), entry.host, entry.address)
+    _console().print(table if found else Text(f"no runs in {directory}"))
+
+
+def status(run: str, directory: Path, follow: bool, as_json: bool) -> None:
+    """What a run is at; with `follow`, again every second until it ends."""
+    address = address_of(run, directory)
+    found = ask(address, Order.STATUS)
+    if as_json:
+        _say(_STATUS.dump_json(found).decode())
+    elif not follow:
+        _console().print(_shown(found))
+    if not follow:
+        return
+    live = None if as_json else Live(_shown(found), console=_console(), auto_refresh=False)
+    with contextlib.nullcontext() if live is None else live:
+        while True:
+            time.sleep(_REFRESH_S)
+            try:
+                found = ask(address, Order.STATUS)
+            except RunError:
+                break  # it has ended
+            if live is None:
+                _say(_STATUS.dump_json(found).decode())
+            else:
+                live.update(_shown(found), refresh=True)
+
+
+def order(run: str, directory: Path, what: Order) -> None:
+    """Asks a run to pause, to go on, or to stop."""
+    found = ask(address_of(run, directory), what)
+    said = {
+        Order.PAUSE: "pauses after the step that is under way",
+        Order.UNPAUSE: "goes on",
+        Order.STOP: "stops and saves after the step that is under way",
+        Order.STOP_NOW: "stops now",
+    }
+    _say(f"{found.run}: {said[what]} (step {found.step} of {found.num_steps})")
+
+
+# -- logs -------------------------------------------------------------------------------------------------------------
+
+
+def logs(run: str, worker: str | None, directory: Path, follow: bool) -> None:
+    """The logs of a run's services, in order of time; of one worker, by rank, or of `master`."""
+    path = next((path for path in (Path(run), directory / run) if (path / "logs").is_dir()), None)
+    if path is None:
+        raise ConfigError("RUN", run, f"no run by that name has logs in {directory}", "give its directory")
+    names = ["*.log"] if worker is None else [f"{worker}.log" if worker == "master" else f"worker-{worker}.log"]
+    files = [file for name in names for file in sorted((path / "logs").glob(name))]
+    if not files:
+        raise ConfigError("WORKER", worker, f"has no log in {path / 'logs'}", "give a rank, or master")
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(file.open(errors="replace")) for file in files]
+        while True:
+            for line in _merged(streams, [file.stem for file in files]):
+                sys.stdout.write(line)
+            sys.stdout.flush()
+            entry = read_entry(path)
+            if not follow or entry is None or entry.state.is_final:
+                return
+            time.sleep(_REFRESH_S / 4)
+
+
+def _merged(streams: Sequence[TextIO], names: Sequence[str]) -> Iterator[str]:
+    """What came since the last time, by time; the lines of a traceback stay with the line before them."""
+    found: list[tuple[str, int, int, str]] = []
+    for which, stream in enumerate(streams):
+        stamp = ""
+        for at, line in enumerate(stream):
+            stamp = line[:23] if line[:4].isdigit() else stamp
+            found.append((stamp, which, at, line))
+    for _, which, _, line in sorted(found):
+        yield f"{names[which]:10} {line}" if len(streams) > 1 else line
+
+
+# -- looks ------------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column, style="bold"))
+    return table
+
+
+def _shown(status: RunStatus) -> RenderableType:
+    where = f"step {status.step} of {status.num_steps}" if status.num_steps else "no step yet"
+    head = Text(f"{status.run}: ", style="bold")
+    head.append(f"{status.state} for {duration(status.state_s)}, {where} ")
+    head.append(f"(up {duration(status.up_s)}, pid {status.pid} on {status.host})", style="dim")
+    lines: list[RenderableType] = [head]
+    leading = [name for name in status.values if not name.startswith(("seconds/", "performance/"))]
+    rates = [name for name in ("performance/tokens_per_s", "seconds/step") if name in status.values]
+    if leading or rates:
+        shown = [f"{name} {status.values[name]:.4g}" for name in (*leading[:_SHOWN_VALUES], *rates)]
+        lines.append(Text("  ".join(shown)))
+    table = _table("worker", "host", "pid", "state", "at", "for", "heard")
+    for worker in status.workers:
+        table.add_row(
+            "?" if worker.rank is None else str(worker.rank),
+            worker.host,
+            str(worker.pid),
+            Text(worker.state, style="red" if worker.state == "unresponsive" else ""),
+            worker.call,
+            duration(worker.call_s) if worker.call else "",
+            f"{duration(worker.heard_s)} ago",
+        )
+    if len(status.workers) < status.num_workers:
+        lines.append(Text(f"{len(status.workers)} of {status.num_workers} workers are there"))
+    return Group(*lines, table)

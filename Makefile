@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test faults check format clean
+.PHONY: setup demo test faults check format reference clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,9 @@ check: setup
 	MYPYPATH=.venv $(BIN)/mypy --strict -p trainmaster.api -p trainmaster.system -m trainmaster.__main__
 	MYPYPATH=.venv $(BIN)/mypy -p trainmaster.workers
 	$(BIN)/lint-imports
+
+reference: setup
+	$(BIN)/python docs/make_reference.py
 
 format: setup
 	$(BIN)/ruff check --fix .

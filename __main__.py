@@ -1,7 +1,7 @@
 """The command line: `trainmaster run | master | worker | check | graph FILE`, and `ps`, `status`, `logs`, `pause`,
 `unpause`, `stop` for runs that are there.
 
-Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was started; 128 + n stopped by
+Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was trained; 128 + n stopped by
 signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is gone; 4 its master ended the run early.
 """
 
@@ -55,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, handler: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
         # -h belongs to the experiment's own fields, which tyro explains
         command = commands.add_parser(
-            name, help=text, description=text, epilog=_OVERRIDES, allow_abbrev=False, add_help=name == "worker"
+            name,
+            help=text,
+            description=text,
+            epilog=None if name == "worker" else _OVERRIDES,
+            allow_abbrev=False,
+            add_help=name == "worker",
         )
         command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a file that assigns `experiment`")
         command.set_defaults(handler=handler, parser=command)
@@ -87,7 +92,8 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
     def add(name: str, handler: Callable[[argparse.Namespace, list[str]], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name != "ps":
-            command.add_argument("run", metavar="RUN", help="a run's name, its directory, or its master's address")
+            address = "" if name == "logs" else ", or its master's address"
+            command.add_argument("run", metavar="RUN", help=f"a run's name, or its directory{address}")
         command.add_argument("--directory", type=Path, default=Path("runs"), help="where run directories are (runs)")
         command.set_defaults(handler=handler, parser=command, file=Path())
         return command

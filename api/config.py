@@ -26,7 +26,7 @@ class Layout:
     dp: PositiveInt = 1
     """Data parallel: the number of whole copies of the model; each takes a share of every minibatch."""
     pp: PositiveInt = 1
-    """Pipeline parallel: the number of stages that the layers are cut into."""
+    """Pipeline parallel: the number of stages that the layers are cut into, at most the number of layers."""
     tp: PositiveInt = 1
     """Tensor parallel: the number of workers that share each layer. This version runs 1 only."""
     sp: PositiveInt = 1
@@ -93,9 +93,9 @@ class Optimizer:
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the rate rises linearly: step i of n uses `learning_rate * i / n`, i from 1."""
     beta1: NonNegativeFloat = 0.9
-    """Decay of the running mean of gradients."""
+    """Decay of the running mean of gradients; below 1."""
     beta2: NonNegativeFloat = 0.95
-    """Decay of the running mean of squared gradients."""
+    """Decay of the running mean of squared gradients; below 1."""
     epsilon: PositiveFloat = 1e-8
     """Added to the denominator."""
     weight_decay: NonNegativeFloat = 0.0
@@ -134,7 +134,7 @@ class Dataset:
 
 @record
 class Deadlines:
-    """How long the master waits, by what it waits for, in seconds. A wait that takes longer ends the run by name."""
+    """How long master and workers wait, by what they wait for, in seconds. A wait that takes longer is named."""
 
     register_s: PositiveFloat = 300.0
     """For all workers to register, from the master's start."""
@@ -165,13 +165,14 @@ class RunOptions:
     save_every: PositiveInt | None = None
     """Steps between checkpoints. The last step is always saved."""
     evaluate_every: PositiveInt | None = None
-    """Steps between evaluations. With an evaluation dataset, the first and the last step are always evaluated."""
+    """Steps between evaluations, if there is something to evaluate: then the start and the last step always are."""
     target_reward: float | None = None
-    """End the run early, once `evaluation/reward` is at or above this: one more step is taken, and saved."""
+    """End the run early, once `evaluation/reward` is at or above this: one more step is taken, and saved. Needs an
+    evaluation of answers, and `evaluate_every`."""
     workers: PositiveInt | None = None
     """The number of workers; by default what the layouts ask for, and it must agree with them."""
     threads: PositiveInt | None = None
-    """Intra-op threads of each worker; by default this machine's cores divided by its workers, at least one."""
+    """Intra-op threads of each worker; by default its host's cores divided by the workers there, at least one."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     """How long to wait for what."""
     log_json: bool = False

@@ -48,7 +48,7 @@ def config_error(error: ValidationError) -> ConfigError:
     cure = "correct this field" + (f"; {more} more of {error.title}'s fields are wrong" if more else "")
     match first["type"]:
         case "unexpected_keyword_argument":
-            rule, cure = f"{error.title} has no such field", "remove it, or look the name up with `--help`"
+            rule, cure = f"{error.title} has no such field", "remove it, or look the name up in docs/reference.md"
         case "missing" | "missing_keyword_only_argument":
             return ConfigError(field, None, "this field must be given", "give it a value")
         case _:

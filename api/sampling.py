@@ -28,7 +28,8 @@ class Sampling:
     top_k: PositiveInt | None = None
     """Draw among this many likeliest tokens, and those as likely as the last of them; None draws among all."""
     top_p: PositiveFloat = 1.0
-    """Draw among the fewest likeliest tokens that together have this probability, and those as likely as the last."""
+    """Draw among the fewest likeliest tokens that together have this probability, and those as likely as the
+    last; at most 1."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens besides end-of-sequence that end a response, as the tokenizer writes them."""
 

@@ -44,11 +44,13 @@ class GRPO:
     reward: Reward
     """How a response is scored."""
     sampling: Sampling
-    """How responses are drawn."""
+    """How responses are drawn; the temperature is above 0."""
     reference: Model | None = None
-    """Where the KL penalty pulls to; by default the actor's own start, laid out like it."""
+    """Where the KL penalty pulls to; by default the actor's own start, laid out like it. Only with a
+    `kl_coefficient`."""
     reference_apart: bool = False
-    """Whether the reference has workers of its own; otherwise it shares the actor's."""
+    """Whether the reference has workers of its own; otherwise it shares the actor's. Only with a
+    `kl_coefficient`."""
     evaluation: AnswerEvaluation | None = None
     """Held-out prompts that the actor answers: the mean reward is reported as `evaluation/reward`."""
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -56,13 +58,14 @@ class GRPO:
     batch_size: PositiveInt = 32
     """Prompts a step."""
     group_size: PositiveInt = 8
-    """Responses to each prompt."""
+    """Responses to each prompt, at least 2: they are judged against each other."""
     minibatches: PositiveInt = 1
-    """Optimizer steps that one pass over a step's responses takes."""
+    """Optimizer steps that one pass over a step's responses takes. Divides `batch_size * group_size` into parts of at
+    least a response for each replica."""
     passes: PositiveInt = 1
     """Passes over a step's responses."""
     clip_low: NonNegativeFloat = 0.2
-    """The probability ratio is clipped below 1 by this much."""
+    """The probability ratio is clipped below 1 by this much; itself below 1."""
     clip_high: NonNegativeFloat = 0.2
     """And above 1 by this much (DAPO: 0.28)."""
     kl_coefficient: NonNegativeFloat = 0.0

@@ -43,7 +43,8 @@ class SFT:
     batch_size: PositiveInt = 32
     """Sequences a step (one traversal of the graph)."""
     minibatch_size: PositiveInt | None = None
-    """Sequences an optimizer step; by default the whole batch. `batch_size` must be a multiple of it."""
+    """Sequences an optimizer step; by default the whole batch. `batch_size` must be a multiple of it, and it needs a
+    sequence for each replica."""
     microbatch_tokens: PositiveInt = 4096
     """The most tokens in one pipeline slot. It bounds the memory of activations."""
     run: RunOptions = field(default_factory=lambda: RunOptions(name="sft"))

@@ -20,6 +20,7 @@ from .api.errors import ConfigError, Interrupted, ModelError, RemoteError, RunEr
 
 if TYPE_CHECKING:
     from .api.experiment_file import LoadedExperiment
+    from .system.service.keys import MasterKeys
 
 _OVERRIDES = "every field of the experiment can be set: --model.layout.pp 2; `trainmaster check FILE --help` lists them"
 
@@ -73,14 +74,24 @@ def _parser() -> argparse.ArgumentParser:
     master.add_argument(
         "--insecure-plain-tcp",
         action="store_true",
-        help="bind an address that other machines reach, without encryption",
+        help="bind an address that other machines reach, without keys and encryption",
     )
+    master.add_argument("--keys", type=Path, metavar="DIRECTORY", help="the run's keys (RUN/keys)")
     worker = add("worker", _worker, "start one worker")
     worker.add_argument("--master", default="", metavar="ADDRESS", help="where the master is bound")
+    worker.add_argument("--keys", type=Path, metavar="FILE", help="this worker's key, if its master has keys")
     worker.add_argument("--advertise", metavar="HOST", help="this machine's address for other workers")
+    for service in (run, master, worker):
+        service.add_argument(
+            "--health-port", type=int, metavar="PORT", help="answer /healthz, /readyz and /metrics there"
+        )
+        service.add_argument("--health-host", default="127.0.0.1", metavar="HOST", help="on this address (127.0.0.1)")
     for service in (master, worker):
         service.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # started by `trainmaster run`
     _add_operations(commands)
+    keys = add("keys", _keys, "make the keys that a run's master, workers and operators lack")
+    keys.add_argument("--workers", type=int, metavar="N", help="how many (as many as the experiment FILE asks for)")
+    keys.add_argument("--revoke", default="", metavar="NAME", help="worker-N or operator: let its key in no more")
     add("check", _check, "check an experiment and its files; start nothing")
     add("graph", _graph, "print an experiment's models and dataflow graph")
     return parser
@@ -95,6 +106,8 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
             address = "" if name == "logs" else ", or its master's address"
             command.add_argument("run", metavar="RUN", help=f"a run's name, or its directory{address}")
         command.add_argument("--directory", type=Path, default=Path("runs"), help="where run directories are (runs)")
+        if name not in ("ps", "logs"):
+            command.add_argument("--keys", type=Path, metavar="PATH", help="the operator's key (RUN/keys/operator.key)")
         command.set_defaults(handler=handler, parser=command, file=Path())
         return command
 
@@ -123,13 +136,13 @@ def _operate(options: argparse.Namespace, rest: list[str]) -> int:
         case "ps":
             operate.ps(options.directory, options.json)
         case "status":
-            operate.status(options.run, options.directory, options.follow, options.json)
+            operate.status(options.run, options.directory, options.keys, options.follow, options.json)
         case "logs":
             operate.logs(options.run, options.worker, options.directory, options.follow)
         case "stop":
-            operate.order(options.run, options.directory, Order.STOP_NOW if options.now else Order.STOP)
+            operate.order(options.run, options.directory, options.keys, Order.STOP_NOW if options.now else Order.STOP)
         case _:
-            operate.order(options.run, options.directory, Order(command))
+            operate.order(options.run, options.directory, options.keys, Order(command))
     return 0
 
 
@@ -154,7 +167,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
         check_run_directory(loaded.compiled.run.path)
         return start_detached(options.file, overrides, loaded.compiled.run.path)
     with _claimed(loaded.compiled.run.path) as directory:
-        run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory)
+        health = _health(options)
+        flags = () if health is None else ("--health-host", health[0], "--health-port", str(health[1]))
+        run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory, flags)
         code = asyncio.run(run.follow())
         if code == ConfigError.exit_code:
             _discard(directory)
@@ -166,19 +181,12 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
 
     from .system.master import run_master
     from .system.preflight import check_files, check_functions
-    from .system.service.addresses import check_address, is_local
+    from .system.service.addresses import check_address
     from .system.service.logs import log_to_stderr
     from .system.service.parent import end_with_parent
 
     log_to_stderr(logging.ERROR if options.child else logging.WARNING)
     check_address("--bind", options.bind)
-    if not is_local(options.bind) and not options.insecure_plain_tcp:
-        raise ConfigError(
-            "--bind",
-            options.bind,
-            "other machines reach this address, and the connection is neither encrypted nor authenticated",
-            "bind a loopback or ipc address, or accept the risk with --insecure-plain-tcp",
-        )
     loaded = _load(options, overrides, "master")
     path = loaded.compiled.run.path
     if options.child:
@@ -188,7 +196,8 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
         check_functions(loaded)
     try:
         with contextlib.nullcontext() if options.child else _claimed(path):
-            asyncio.run(run_master(loaded, options.bind))
+            keys = _master_keys(options, path, loaded.compiled.num_workers)
+            asyncio.run(run_master(loaded, options.bind, keys, _health(options)))
     except Interrupted as stopped:
         sys.stderr.write(f"{stopped}; checkpoints so far are in {path / 'checkpoints'}\n")
         return 128 + stopped.number
@@ -196,6 +205,51 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
         return _report(error, logs=path / "logs")
     except OSError as error:
         return _report(_io_error(error), logs=path / "logs")
+    return 0
+
+
+def _health(options: argparse.Namespace) -> tuple[str, int] | None:
+    return None if options.health_port is None else (options.health_host, options.health_port)
+
+
+def _master_keys(options: argparse.Namespace, run_directory: Path, num_workers: int) -> MasterKeys | None:
+    """Those that are there, or new ones where other machines reach the master. None where only this machine does."""
+    from .system.service.addresses import is_local
+    from .system.service.keys import DIRECTORY, has_keys, load_master_keys, make_keys
+
+    directory = options.keys or run_directory / DIRECTORY
+    if options.insecure_plain_tcp:
+        if options.keys is not None or has_keys(directory):
+            cure = "leave --insecure-plain-tcp out, or remove the keys"
+            raise ConfigError("--insecure-plain-tcp", True, f"the run has keys in {directory}", cure)
+        if not is_local(options.bind):
+            sys.stderr.write(f"warning: whoever reaches {options.bind} can read, steer and end this run\n")
+        return None
+    if options.keys is None and not has_keys(directory):
+        if is_local(options.bind):
+            return None
+        make_keys(directory, num_workers)
+        sys.stderr.write(f"made keys in {directory}: start each worker with --keys and its own worker-N.key\n")
+    return load_master_keys(directory)
+
+
+def _keys(options: argparse.Namespace, overrides: list[str]) -> int:
+    from .system.service.keys import DIRECTORY, make_keys, revoke
+
+    directory, num_workers = options.file, options.workers
+    if options.file.is_file():
+        compiled = _load(options, overrides, "keys").compiled
+        directory, num_workers = compiled.run.path / DIRECTORY, num_workers or compiled.num_workers
+    elif overrides:
+        options.parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if options.revoke:
+        revoke(directory, options.revoke)
+        print(f"{directory}: {options.revoke} is revoked")
+        return 0
+    if num_workers is None:
+        raise ConfigError("--workers", None, "must be given with a directory", "give the number of the run's workers")
+    made = make_keys(directory, num_workers)
+    print(f"{directory}: {', '.join(made) or 'nothing is missing'}")
     return 0
 
 
@@ -213,9 +267,11 @@ def _worker(options: argparse.Namespace, overrides: list[str]) -> int:
     log_to_stderr()
     if options.child:
         end_with_parent()
+    from .system.service.keys import load_worker_keys
     from .workers.service import serve
 
-    return serve(read_experiment_file(options.file), options.master, options.advertise)
+    keys = None if options.keys is None else load_worker_keys(options.keys)
+    return serve(read_experiment_file(options.file), options.master, options.advertise, keys)
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -250,8 +306,18 @@ def _claimed(path: Path) -> Iterator[Path]:
 
 
 def _discard(directory: Path) -> None:
-    if not (directory / "checkpoints").exists():
-        shutil.rmtree(directory)
+    """All but its keys, which may have been given out already."""
+    from .system.service.keys import DIRECTORY
+
+    if (directory / "checkpoints").exists():
+        return
+    for path in directory.iterdir():
+        if path.is_dir() and path.name != DIRECTORY:
+            shutil.rmtree(path)
+        elif path.name != DIRECTORY:
+            path.unlink()
+    if not (directory / DIRECTORY).exists():
+        directory.rmdir()
 
 
 def _io_error(error: OSError) -> RunError:

@@ -9,9 +9,16 @@ from collections.abc import Callable, Mapping
 
 from .rpc.messages import Inquire, Order, RunStatus
 from .rpc.server import Server
+from .service.figures import health_of
+from .service.health import Latest
 from .service.lifecycle import Life, State
+from .service.notify import notify, watchdog_s
 
 logger = logging.getLogger(__name__)
+
+TOKENS = "performance/tokens"
+"""Of a step, among its figures."""
+_REPORT_S = 1.0
 
 
 class Control:
@@ -25,6 +32,7 @@ class Control:
         self._may_go_on.set()
         self._step, self._num_steps = 0, 0
         self._values: Mapping[str, float] = {}
+        self._num_tokens = 0
         server.on_inquiry = self.answer
 
     async def begin(self, step: int, num_steps: int) -> bool:
@@ -44,6 +52,16 @@ class Control:
     def finished(self, values: Mapping[str, float]) -> None:
         """A step is done; these are its figures."""
         self._values = values
+        self._num_tokens += round(values[TOKENS])
+
+    async def report(self, latest: Latest) -> None:
+        """Keeps operators and a supervisor informed, as long as the event loop goes round."""
+        notify("READY=1")
+        while True:
+            status = self.status()
+            latest.post(health_of(status, self._num_tokens, self._server.num_waiting()))
+            notify(f"WATCHDOG=1\nSTATUS={status.state}, step {status.step} of {status.num_steps}")
+            await asyncio.sleep(min(_REPORT_S, watchdog_s() or _REPORT_S))
 
     def answer(self, inquire: Inquire) -> RunStatus:
         """Heeds an order, and says how things are."""
@@ -59,9 +77,9 @@ class Control:
                 self._may_go_on.set()
             case Order.STOP_NOW:
                 self._end_now()
-        return self._status()
+        return self.status()
 
-    def _status(self) -> RunStatus:
+    def status(self) -> RunStatus:
         entry, now_s = self.life.entry, time.time()
         return RunStatus(
             run=entry.run,

@@ -6,6 +6,7 @@ bind -> workers register -> groups -> datasets -> models -> steps -> shut down
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -26,8 +27,11 @@ from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine
 from .rpc.commands import DatasetOpened
 from .rpc.server import Server
+from .service.health import HealthServer, Latest
+from .service.keys import MasterKeys
 from .service.lifecycle import Life, State
 from .service.logs import log_to_file
+from .service.notify import notify
 from .storage import Storage
 from .trainer import Trainer
 
@@ -36,8 +40,10 @@ logger = logging.getLogger(__name__)
 _REASON_CHARACTERS = 2000
 
 
-async def run_master(loaded: LoadedExperiment, address: str) -> None:
-    """Runs an experiment to its end. The run directory exists and is ours.
+async def run_master(
+    loaded: LoadedExperiment, address: str, keys: MasterKeys | None, health: tuple[str, int] | None = None
+) -> None:
+    """Runs an experiment to its end. The run directory exists and is ours. `health` is where to answer operators.
 
     Raises `ConfigError` for what only the workers could find wrong, `RunError` for what went wrong on the way, and
     `Interrupted` on SIGINT or SIGTERM.
@@ -54,7 +60,11 @@ async def run_master(loaded: LoadedExperiment, address: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt, number)
     try:
-        await _run(loaded, address, lambda: interrupt(signal.SIGTERM))
+        with contextlib.ExitStack() as stack:
+            latest = Latest()
+            if health is not None:
+                stack.enter_context(HealthServer(*health, latest))
+            await _run(loaded, address, keys, latest, lambda: interrupt(signal.SIGTERM))
     except asyncio.CancelledError:
         if not interrupted:
             raise
@@ -63,7 +73,9 @@ async def run_master(loaded: LoadedExperiment, address: str) -> None:
         raise first_cause(group) from group
 
 
-async def _run(loaded: LoadedExperiment, address: str, end_now: Callable[[], object]) -> None:
+async def _run(
+    loaded: LoadedExperiment, address: str, keys: MasterKeys | None, latest: Latest, end_now: Callable[[], object]
+) -> None:
     compiled, directory = loaded.compiled, loaded.compiled.run.path.resolve()
     log_to_file(directory / "logs" / "master.log", compiled.run.name, as_json=compiled.run.log_json)
     server = Server(
@@ -74,6 +86,7 @@ async def _run(loaded: LoadedExperiment, address: str, end_now: Callable[[], obj
         code_digest=loaded.code_digest,
         silence_s=compiled.run.deadlines.silence_s,
         log_directory=directory / "logs",
+        keys=keys,
     )
     life = Life(directory, compiled.run.name, server.address)
     control = Control(life, server, compiled.num_workers, end_now)
@@ -81,15 +94,17 @@ async def _run(loaded: LoadedExperiment, address: str, end_now: Callable[[], obj
     try:
         with ProgressLine() as progress:
             async with server, asyncio.TaskGroup() as group:
-                watch = group.create_task(_watch(server), name="watch")
+                others = [group.create_task(_watch(server)), group.create_task(control.report(latest))]
                 await run_epoch(loaded, server, directory, metrics, progress, control)
-                watch.cancel()
                 life.enter(State.STOPPING)
+                for task in others:
+                    task.cancel()
         life.enter(State.STOPPED)
     except BaseException as error:
         _note_end(life, error)
         raise
     finally:
+        notify("STOPPING=1")
         metrics.close()
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ..api.errors import ConfigError, RunError
 from .rpc.messages import Order, RunStatus
-from .service.inquiry import address_of, ask
+from .service.inquiry import address_of, ask, keys_of
 from .service.lifecycle import Entry, read_entry
 
 _REFRESH_S = 1.0
@@ -41,10 +41,10 @@ def ps(directory: Path, as_json: bool) -> None:
     _console().print(table if found else Text(f"no runs in {directory}"))
 
 
-def status(run: str, directory: Path, follow: bool, as_json: bool) -> None:
+def status(run: str, directory: Path, own: Path | None, follow: bool, as_json: bool) -> None:
     """What a run is at; with `follow`, again every second until it ends."""
-    address = address_of(run, directory)
-    found = ask(address, Order.STATUS)
+    address, keys = address_of(run, directory), keys_of(run, directory, own)
+    found = ask(address, Order.STATUS, keys=keys)
     if as_json:
         _say(_STATUS.dump_json(found).decode())
     elif not follow:
@@ -56,7 +56,7 @@ def status(run: str, directory: Path, follow: bool, as_json: bool) -> None:
         while True:
             time.sleep(_REFRESH_S)
             try:
-                found = ask(address, Order.STATUS)
+                found = ask(address, Order.STATUS, keys=keys)
             except RunError:
                 break  # it has ended
             if live is None:
@@ -65,9 +65,9 @@ def status(run: str, directory: Path, follow: bool, as_json: bool) -> None:
                 live.update(_shown(found), refresh=True)
 
 
-def order(run: str, directory: Path, what: Order) -> None:
+def order(run: str, directory: Path, own: Path | None, what: Order) -> None:
     """Asks a run to pause, to go on, or to stop."""
-    found = ask(address_of(run, directory), what)
+    found = ask(address_of(run, directory), what, keys=keys_of(run, directory, own))
     said = {
         Order.PAUSE: "pauses after the step that is under way",
         Order.UNPAUSE: "goes on",

@@ -16,6 +16,7 @@ from ..api.graph import Graph
 from ..api.json_lines import check_json_lines
 from ..api.rewards import resolve_reward
 from .service.claims import claim, owner_of
+from .service.keys import DIRECTORY
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """How transformers' configs name the number of layers."""
@@ -47,8 +48,8 @@ def _has_answers(graph: Graph) -> bool:
 
 
 def check_run_directory(path: Path) -> None:
-    """Raises `ConfigError` if the run exists already."""
-    if path.exists():
+    """Raises `ConfigError` if the run exists already. One of which there are but the keys does not."""
+    if path.exists() and not _has_only_keys(path):
         raise _exists(path)
 
 
@@ -58,14 +59,18 @@ def claim_run_directory(path: Path) -> TextIO:
     Raises `ConfigError` if it exists.
     """
     try:
-        path.mkdir(parents=True)
+        path.mkdir(parents=True, exist_ok=_has_only_keys(path))
         return claim(path)
-    except FileExistsError:
+    except (FileExistsError, BlockingIOError):
         raise _exists(path) from None
     except OSError as error:
         raise ConfigError(
             "run.directory", str(path.parent), f"cannot be written: {error.strerror}", "choose another directory"
         ) from None
+
+
+def _has_only_keys(path: Path) -> bool:
+    return path.is_dir() and {entry.name for entry in path.iterdir()} == {DIRECTORY}
 
 
 def _check_room(fed: FedGraph, configs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
 from .cadence import Cadence
 from .checkpoints import CheckpointFolder
-from .control import Control
+from .control import TOKENS, Control
 from .dispatch import located
 from .evaluation import Evaluator
 from .executor import CALL_FUNCTION, CALL_MODEL, Executor, Traversal
@@ -140,7 +140,7 @@ class Trainer:
         tokens_per_s = traversal.num_tokens / seconds
         values["seconds/step"] = seconds
         values["performance/tokens_per_s"] = tokens_per_s
-        values["performance/tokens"] = traversal.num_tokens
+        values[TOKENS] = traversal.num_tokens
         values["performance/overhead_fraction"] = max(0.0, 1 - max(traversal.busy_s.values()) / seconds)
         self._metrics.add(step, values)
         self._metrics.add_examples(step, "train", traversal.examples)

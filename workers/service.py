@@ -31,6 +31,7 @@ from ..system.rpc.commands import CallFunction, CallModel, Command, Redistribute
 from ..system.rpc.messages import Failure, Lane, Register, Reply, Request, Success, Welcome, stacks_name
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
+from ..system.service.keys import ClientKeys
 from ..system.service.logs import at, log_to_file
 from .alarm import Alarm
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
+def serve(file: ExperimentFile, master: str, advertise: str | None, keys: ClientKeys | None) -> int:
     """Runs a worker until its master ends the run. Returns an exit code; raises `ConfigError` if it is refused."""
     failpoint("worker.register")
     register = Register(
@@ -53,7 +54,7 @@ def serve(file: ExperimentFile, master: str, advertise: str | None) -> int:
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         code_digest=file.code_digest,
     )
-    client = Client(master, register, file.experiment.run.deadlines.silence_s)
+    client = Client(master, register, file.experiment.run.deadlines.silence_s, keys)
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)

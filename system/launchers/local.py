@@ -23,6 +23,8 @@ from typing import Any
 
 from ...api.errors import ConfigError
 from ..rpc.client import EXIT_RUN_FAILED
+from ..service.keys import DIRECTORY, has_keys
+from ..service.notify import environment_of_children
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class LocalRun:
     overrides: Sequence[str]
     num_workers: int
     run_directory: Path
+    master_flags: Sequence[str] = ()
 
     async def follow(self) -> int:
         """Starts everything, waits for the end, leaves nothing behind. Returns an exit code."""
@@ -79,11 +82,16 @@ class LocalRun:
         return 128 + received[0] if received else code
 
     async def _start_master(self, address: str) -> Child:
-        return await _start("master", ["master", str(self.file), "--bind", address, *self.overrides], None)
+        return await _start(
+            "master", ["master", str(self.file), "--bind", address, *self.master_flags, *self.overrides], None
+        )
 
     async def _start_worker(self, index: int, address: str) -> Child:
         output = self.run_directory / "logs" / f"worker-process-{index}.out"
-        return await _start(f"worker process {index}", ["worker", str(self.file), "--master", address], output)
+        arguments, keys = ["worker", str(self.file), "--master", address], self.run_directory / DIRECTORY
+        if has_keys(keys):
+            arguments += ["--keys", str(keys / f"worker-{index}.key")]
+        return await _start(f"worker process {index}", arguments, output)
 
     async def _wait(self, children: list[Child], stop: asyncio.Event) -> int:
         """Until the master ends, a worker dies, or we are told to stop. Returns an exit code."""
@@ -129,6 +137,7 @@ async def _start(name: str, arguments: list[str], output: Path | None) -> Child:
             stdin=asyncio.subprocess.PIPE,  # never written: its end tells the child that we are gone
             stdout=sink,
             stderr=sink,
+            env=environment_of_children(),
             start_new_session=True,  # a Ctrl-C at the terminal comes to us alone
         )
     return Child(name, process, asyncio.create_task(process.wait(), name=name), output)

@@ -23,6 +23,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ...api.errors import ConfigError, ProtocolError, RunError
+from ..service.keys import ClientKeys
 from . import codec
 from .drops import Drops
 from .link import Link, MasterClock
@@ -54,18 +55,22 @@ _PING_SHARE, _PONG_SHARE = 0.1, 0.5
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer. Together less than what the master grants: a worker
 knows of a partition before it is given up."""
 _WAKE = "inproc://wake"
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class Client:
-    """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`."""
+    """Connects at construction. `welcome` first, then `next_request` from the thread of each lane, and `reply`.
 
-    def __init__(self, master: str, register: Register, silence_s: float) -> None:
-        self._master, self._register, self._silence_s = master, register, silence_s
+    With keys, it encrypts what it says, and hears nobody but the master that the keys name.
+    """
+
+    def __init__(self, master: str, register: Register, silence_s: float, keys: ClientKeys | None = None) -> None:
+        self._master, self._register, self._silence_s, self._keys = master, register, silence_s, keys
         self.on_epoch: Callable[[], None] = lambda: None
         """Called on the I/O thread when the master begins another epoch: what is under way in the old one is to end,
         for its other members may be gone. Requests of the new one follow."""
         self._requests: dict[Lane, queue.SimpleQueue[Request | None]] = {lane: queue.SimpleQueue() for lane in Lane}
-        self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown | ConfigError] = queue.SimpleQueue()
         self.current: Welcome | None = None
         """The last welcome: of the epoch whose requests are executed."""
         self._link: Link[codec.Body] = Link()
@@ -74,6 +79,10 @@ class Client:
         """Since when, by request."""
         self._cancelled: set[int] = set()
         self._disconnected_s: float | None = None
+        self._num_failed = 0
+        """Handshakes that failed, since the last that did not."""
+        self._again_s: float | None = None
+        """When to connect anew: ZeroMQ does not, after some failures."""
         self._is_heard = threading.Event()
         """Whether the master of the current epoch was heard on this connection."""
         self.shutdown: Shutdown | None = None
@@ -96,6 +105,7 @@ class Client:
         except queue.Empty:
             raise RunError(
                 f"no master answered at {self._master} within {deadline_s:g} s (run.deadlines.register_s)"
+                + (f". {self._suspicion()}" if self._num_failed else "")
             ) from None
         match answer:
             case Welcome():
@@ -106,6 +116,8 @@ class Client:
                 )
             case Shutdown():
                 raise RunError(f"the master is shutting down: {answer.reason}")
+            case ConfigError():
+                raise answer
 
     def next_request(self, lane: Lane) -> tuple[Request, float] | None:
         """Waits for the lane's next request, and returns it with the seconds that are left to it.
@@ -158,6 +170,8 @@ class Client:
                 self._receive(codec.receive(self._dealer))
             if self._monitor in ready:
                 self._follow(recv_monitor_message(self._monitor)["event"])
+            if self._again_s is not None and time.monotonic() >= self._again_s:
+                self._reconnect()
             now_s = time.monotonic()
             self._flush(now_s)
             if now_s - last_sent_s >= HEARTBEAT_S:
@@ -176,8 +190,10 @@ class Client:
         dealer.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         dealer.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._silence_s * _PING_SHARE))
         dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._silence_s * _PONG_SHARE))
-        self._dealer = dealer
-        self._monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        if self._keys is not None:
+            self._keys.secure(dealer)
+        self._dealer, self._again_s = dealer, None
+        self._monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED)
         dealer.connect(self._master)
         for socket in (self._dealer, self._monitor):
             self._poller.register(socket, zmq.POLLIN)
@@ -221,17 +237,38 @@ class Client:
     def _follow(self, event: int) -> None:
         """Registers with whoever is at the other end of each new connection."""
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._disconnected_s = None
+            self._disconnected_s, self._num_failed = None, 0
             register = self._register
             if self.current is not None:
                 register = dataclasses.replace(register, run=self.current.run, epoch=self.current.epoch)
             self._say(register)
             self._link.hurry()
+        elif event & _FAILED:
+            self._failed(event)
         else:
             while self._dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
                 self._receive(codec.receive(self._dealer))
-            self._disconnected_s = time.monotonic()
+            if self._disconnected_s is None:  # a handshake that fails is no sign of the master's life
+                self._disconnected_s = time.monotonic()
             self._is_heard.clear()
+
+    def _failed(self, event: int) -> None:
+        """A handshake did. The master does not say why, but that it knows the key and does not allow it."""
+        self._num_failed += 1
+        if event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and self._again_s is None:
+            self._again_s = time.monotonic() + HEARTBEAT_S
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
+            if self.current is not None:
+                self._leave(f"the master does not accept this worker's key any more ({self._keys.name})")
+            self._answers.put(self._keys.refused(self._master))
+
+    def _suspicion(self) -> str:
+        """What failed handshakes likely come from."""
+        if self._keys is None:
+            why = "it likely asks for keys, and this worker has none: give it its own, --keys RUN/keys/worker-N.key"
+        else:
+            why = f"{self._keys.file} is likely of another run, or this master runs without keys"
+        return f"{self._num_failed} connections to it ended in the handshake: {why}"
 
     def _check_master(self, now_s: float) -> None:
         if self.current is None or self._disconnected_s is None:

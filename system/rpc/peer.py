@@ -21,10 +21,23 @@ from ...api.errors import (
     RunError,
     WorkerLost,
 )
+from ..service.keys import Holder, Role
 from ..service.logs import at
 from . import codec
 from .link import Link
-from .messages import HEARTBEAT_S, Executing, Failure, Register, Reply, Success, Welcome, WorkerStatus, stacks_name
+from .messages import (
+    HEARTBEAT_S,
+    Executing,
+    Failure,
+    Inquire,
+    Message,
+    Register,
+    Reply,
+    Success,
+    Welcome,
+    WorkerStatus,
+    stacks_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +103,8 @@ class Peer:
     pending: dict[int, Pending] = field(default_factory=dict)
     has_failed: bool = False
     lost: RunError | None = None
+    holder: Holder | None = None
+    """Of the key by which it came, where there are keys."""
 
     def __str__(self) -> str:
         name = "a worker" if self.rank is None else f"worker {self.rank}"
@@ -215,6 +230,22 @@ class Roster:
         if self.is_complete:
             return f"the run has its {self.num_workers} workers already"
         self.peers[peer.register.incarnation] = self.by_route[peer.route] = peer
+        return None
+
+    def objection(self, sender: Holder | None, message: Message) -> str | None:
+        """Why the holder of a key may not send this: each key is for one worker at a time, or for an operator."""
+        if sender is None:
+            return None
+        if isinstance(message, Inquire) != (sender.role is Role.OPERATOR):
+            return f"{sender.name}'s key is not good for the message {message.type}"
+        if isinstance(message, Register):
+            known = self.peers.get(message.incarnation)
+            if known is None:
+                known = next((peer for peer in self.peers.values() if peer.holder == sender), None)
+                if known is not None:
+                    return f"{sender.name}'s key is in use by {known}"
+            elif known.holder != sender:
+                return f"{sender.name}'s key is not that of {known}, for which it wants to pass"
         return None
 
     def reroute(self, peer: Peer, route: bytes) -> None:

@@ -1,6 +1,7 @@
 """The master's socket: a ROUTER that the event loop drives. Frames come in and go out; their meaning is not known here.
 
-The router names each connection itself, so nobody can speak or listen under another's name.
+The router names each connection itself, so nobody can speak or listen under another's name. With keys, connections are
+encrypted, only holders of allowed keys have one (see `zap`), and with each message it is told who sent it.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ from collections.abc import Callable
 import zmq
 
 from ...api.errors import ConfigError
+from ..service.keys import Holder, MasterKeys
 from . import codec
+from .zap import Gate
 
 _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for the server to notice."""
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
-_READABLE = int(zmq.POLLIN)
+_READABLE, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 
 
 class Port:
     """Bound at construction; `open` on the loop that is to drive it."""
 
-    def __init__(self, address: str, silence_s: float) -> None:
+    def __init__(self, address: str, silence_s: float, keys: MasterKeys | None = None) -> None:
         self.noticed_s = silence_s * _PONG_SHARE
         """How long a silence is when ZeroMQ closes a connection for it, at least."""
         self._context = zmq.Context()
+        self._gate = None if keys is None else Gate(self._context, keys)
         self._router = self._bound(address, silence_s)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._is_drain_due = False
@@ -42,6 +46,8 @@ class Port:
         # answered by ZeroMQ's own thread, whatever Python does at the other end
         router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
         router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
+        if self._gate is not None:
+            self._gate.secure(router)
         try:
             router.bind(address)
         except zmq.ZMQError as error:
@@ -51,14 +57,30 @@ class Port:
             ) from None
         return router
 
-    def open(self, take: Callable[[bytes, codec.Body], None]) -> None:
-        """Has every message passed on, with the name of its connection."""
-        self._loop, self._take = asyncio.get_running_loop(), take
+    @property
+    def num_refused(self) -> int:
+        """Connections that nobody got in by."""
+        return 0 if self._gate is None else self._gate.num_refused
+
+    def open(self, take: Callable[[bytes, codec.Body, Holder | None], None], refuse: Callable[[str], None]) -> None:
+        """Has every message passed on, with the name of its connection and, with keys, who sent it.
+
+        `refuse` is told why a connection was refused.
+        """
+        self._loop, self._take, self._refuse = asyncio.get_running_loop(), take, refuse
         self._loop.add_reader(self._router.fileno(), self.drain)
+        if self._gate is not None:
+            self._gate.open()
+            self._loop.add_reader(self._gate.events.fileno(), self._count_strangers, self._gate)
+            self._loop.call_soon(self._count_strangers, self._gate)
         self._drain_soon()
 
     async def close(self, linger_s: float) -> None:
         self._loop.remove_reader(self._router.fileno())
+        if self._gate is not None:
+            self._loop.remove_reader(self._gate.events.fileno())
+            self._router.disable_monitor()  # first: ZeroMQ waits for who listens to it
+            self._gate.events.close(linger=0)
         self._router.close(linger=round(1000 * linger_s))  # here, on the thread that uses it
         await asyncio.to_thread(self._context.term)
 
@@ -86,9 +108,23 @@ class Port:
         for _ in range(_DRAINED_AT_ONCE):
             if not int(self._router.getsockopt(zmq.EVENTS)) & _READABLE:  # asking is cheaper than failing
                 return
-            route, *frames = codec.receive(self._router, route=1)
-            self._take(bytes(route), frames)
+            if self._gate is None:
+                route, *frames = codec.receive(self._router, route=1)
+                self._take(bytes(route), frames, None)
+            else:
+                first = self._router.recv(_NOBLOCK, copy=False)
+                self._take(first.bytes, codec.receive(self._router), self._gate.sender(first))
         self._drain_soon()  # others on the loop have their turn
+
+    def is_allowed(self, holder: Holder) -> bool:
+        """Whether a key is still its holder's."""
+        return self._gate is not None and self._gate.holder(holder.key) == holder
+
+    def _count_strangers(self, gate: Gate) -> None:
+        if not gate.events.closed and gate.events.poll(0):
+            for reason in gate.refusals():
+                self._refuse(reason)
+            self._loop.call_soon(self._count_strangers, gate)  # there may be more
 
     def _drain_soon(self) -> None:
         """The socket's descriptor is edge-triggered: a send can swallow its event."""

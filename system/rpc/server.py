@@ -7,7 +7,8 @@ Guarantees:
   reported as unresponsive, and ends itself at its call's deadline, with its stacks in a file that the error quotes;
 - a reply of another run, epoch or request is dropped;
 - requests of one lane reach a worker once, and in the order in which they were submitted, even if its connection breaks
-  and comes back; a worker that was given up as lost is refused from then on.
+  and comes back; a worker that was given up as lost is refused from then on;
+- with keys, a worker is heard and served only by the key with which it came, and for as long as that is allowed.
 
 What it does not do: decide what to request, or what a loss means.
 """
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from ...api.errors import DeadlineExceeded, ProtocolError, RunError
+from ..service.keys import Holder, MasterKeys, Role
 from . import codec
 from .commands import Command, Hook
 from .drops import Drops
@@ -76,6 +78,7 @@ class Server:
         code_digest: str,
         silence_s: float,
         log_directory: Path,
+        keys: MasterKeys | None = None,
     ) -> None:
         self.run, self.epoch = run, epoch
         self.step = 0
@@ -86,7 +89,7 @@ class Server:
         """Answers who asks after the run. Must not wait."""
         self._drops = Drops(logger)
         self._num_requests = 0
-        self._port = Port(address, silence_s)
+        self._port = Port(address, silence_s, keys)
         self.address = self._port.address
 
     async def __aenter__(self) -> Server:
@@ -95,7 +98,7 @@ class Server:
         """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
         self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
-        self._port.open(self._received)
+        self._port.open(self._received, self._dropped)
         return self
 
     async def __aexit__(
@@ -158,11 +161,20 @@ class Server:
         """Workers that are there, in the order in which they came."""
         return [peer.register for peer in self._roster.peers.values()]
 
+    @property
+    def num_refused(self) -> int:
+        """Connections of strangers, where there are keys."""
+        return self._port.num_refused
+
     def statuses(self) -> tuple[WorkerStatus, ...]:
         """Of all workers that are there, by rank or else as they came."""
         now_s = self._loop.time()
         statuses = [peer.status(now_s) for peer in self._roster.peers.values()]
         return tuple(sorted(statuses, key=lambda status: -1 if status.rank is None else status.rank))
+
+    def num_waiting(self) -> dict[int, int]:
+        """Requests without a reply, by rank."""
+        return {peer.rank: len(peer.pending) for peer in self._roster.peers.values() if peer.rank is not None}
 
     def welcome(self, make: Callable[[int], Welcome]) -> None:
         """Sends every worker its welcome."""
@@ -271,27 +283,35 @@ class Server:
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
-    def _received(self, route: bytes, frames: codec.Body) -> None:
+    def _dropped(self, reason: str) -> None:
+        self._drops.note(reason, self._loop.time())
+
+    def _received(self, route: bytes, frames: codec.Body, sender: Holder | None) -> None:
+        peer = self._roster.by_route.get(route)
+        if sender is not None and (sender.role is Role.NOBODY or (peer is not None and peer.holder != sender)):
+            self._dropped(f"one by a key that is not allowed any more ({sender.key})")
+            if peer is not None:
+                self._lose_revoked(peer)
+            return
         try:
-            self._take(route, frames)
+            self._take(route, peer, frames, sender)
         except ProtocolError as error:
-            self._drops.note(str(error), self._loop.time())
+            self._dropped(str(error))
             peer = self._roster.by_route.get(route)
             if peer is not None:
                 self._lose(peer, f"sent what cannot be read ({error})")
 
-    def _take(self, route: bytes, frames: codec.Body) -> None:
+    def _take(self, route: bytes, peer: Peer | None, frames: codec.Body, sender: Holder | None) -> None:
         envelope = codec.Envelope.decode(frames)
         if envelope.version != PROTOCOL_VERSION:
             reason = f"the worker speaks protocol {envelope.version}, the master {PROTOCOL_VERSION}: install the same"
             self._drops.note(reason, self._loop.time())
             self._refuse(route, envelope.version, reason)
             return
-        peer = self._roster.by_route.get(route)
         if peer is None and sum(map(len, frames)) > _STRANGER_BYTES:
             raise ProtocolError(f"a first message of {sum(map(len, frames))} bytes")
         if envelope.order == 0:
-            self._receive(route, peer, codec.decode_body(frames[1:]))
+            self._receive(route, peer, codec.decode_body(frames[1:]), sender)
         if peer is None or envelope.epoch != self.epoch:
             if envelope.order > 0:
                 who = "someone who is not registered" if peer is None else str(peer)
@@ -301,12 +321,16 @@ class Server:
         self._arrived.set()
         if envelope.order > 0:
             for body in peer.link.accept(envelope.order, frames[1:]):
-                self._receive(route, peer, codec.decode_body(body))
+                self._receive(route, peer, codec.decode_body(body), sender)
         self._flush(peer)
 
-    def _receive(self, route: bytes, peer: Peer | None, message: Message) -> None:
-        if isinstance(message, Register):
-            self._register(route, message)
+    def _receive(self, route: bytes, peer: Peer | None, message: Message, sender: Holder | None) -> None:
+        objection = self._roster.objection(sender, message)
+        if objection is not None:
+            self._dropped(objection)
+            self._refuse(route, PROTOCOL_VERSION, objection)
+        elif isinstance(message, Register):
+            self._register(route, message, sender)
         elif isinstance(message, Inquire):
             envelope = codec.Envelope(epoch=self.epoch)
             self._port.send(route, codec.encode(self.on_inquiry(message), envelope))
@@ -322,7 +346,7 @@ class Server:
                 case _:
                     self._drops.note(f"a {message.type} from {peer}, which is not for it to send", self._loop.time())
 
-    def _register(self, route: bytes, register: Register) -> None:
+    def _register(self, route: bytes, register: Register, sender: Holder | None) -> None:
         peer = self._roster.peers.get(register.incarnation)
         if peer is not None:  # it has not heard its welcome, or its connection is a new one
             if peer.gone is not None:
@@ -335,7 +359,7 @@ class Server:
             peer.link.hurry()
             self._flush(peer)
             return
-        peer = Peer(route, register, self._loop.time())
+        peer = Peer(route, register, self._loop.time(), holder=sender)
         refusal = self._roster.admit(peer)
         if refusal is not None:
             self._drops.note(f"{peer} was refused: {refusal}", self._loop.time())
@@ -359,6 +383,11 @@ class Server:
         for peer in list(self._roster.peers.values()):
             self._flush(peer)
             peer.check_heartbeats(self._loop.time())
+            if peer.holder is not None and not self._port.is_allowed(peer.holder):
+                self._lose_revoked(peer)
+
+    def _lose_revoked(self, peer: Peer) -> None:
+        self._lose(peer, "had its key revoked")
 
     def _lose(self, peer: Peer, cause: str) -> None:
         if not self._roster.expel(peer):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ...api.errors import ConfigError, ProtocolError, RunError
 from ..rpc import codec
-from ..rpc.messages import Inquire, Order, Refuse, RunStatus
+from ..rpc.messages import Inquire, Message, Order, Refuse, RunStatus
+from .keys import DIRECTORY, ClientKeys, has_keys, load_operator_keys
 from .lifecycle import read_entry
 
 ANSWER_S = 3.0
 """For an answer. A master answers within milliseconds, whatever its workers do."""
+_MAX_BROKEN_OFF = 3
+"""Handshakes that the master breaks off, after which it is no accident."""
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 def address_of(run: str, directory: Path) -> str:
@@ -30,20 +37,36 @@ def address_of(run: str, directory: Path) -> str:
     )
 
 
-def ask(address: str, order: Order, answer_s: float = ANSWER_S) -> RunStatus:
-    """Raises `RunError` if there is no answer in time, `ConfigError` for a refusal."""
+def keys_of(run: str, directory: Path, given: Path | None) -> ClientKeys | None:
+    """The operator's key to a run: the one that is given, or the one in the run's directory if there are keys.
+
+    Raises `ConfigError` if it cannot be used.
+    """
+    if given is not None:
+        return load_operator_keys(given)
+    if "://" not in run:
+        for path in (Path(run), directory / run):
+            if read_entry(path) is not None:
+                return load_operator_keys(path / DIRECTORY) if has_keys(path / DIRECTORY) else None
+    return None
+
+
+def ask(address: str, order: Order, answer_s: float = ANSWER_S, keys: ClientKeys | None = None) -> RunStatus:
+    """Raises `RunError` if there is no answer in time, `ConfigError` for a refusal or for the wrong keys."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.IPV6, "[" in address)
         dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-        dealer.connect(address)
-        dealer.send_multipart(codec.encode(Inquire(order=order), codec.Envelope(epoch=0)))
-        if not dealer.poll(round(1000 * answer_s)):
-            raise RunError(f"no master answered at {address} within {answer_s:g} s")
-        try:
-            _, answer = codec.decode(codec.receive(dealer))
-        except ProtocolError as error:
-            raise RunError(f"the answer from {address} cannot be read: {error}") from None
+        if keys is not None:
+            keys.secure(dealer)
+        with dealer.get_monitor_socket(_FAILED) as failures:
+            try:
+                dealer.connect(address)
+                with contextlib.suppress(zmq.Again):  # the handshake may have failed already: nobody to send to
+                    codec.send(dealer, codec.encode(Inquire(order=order), codec.Envelope(epoch=0)))
+                answer = _answer(address, dealer, failures, answer_s, keys)
+            finally:
+                dealer.disable_monitor()
     match answer:
         case RunStatus():
             return answer
@@ -51,3 +74,38 @@ def ask(address: str, order: Order, answer_s: float = ANSWER_S) -> RunStatus:
             raise ConfigError("RUN", address, answer.reason, "see there")
         case _:
             raise RunError(f"{address} answered with a {answer.type}")
+
+
+def _answer(
+    address: str,
+    dealer: zmq.Socket[bytes],
+    failures: zmq.Socket[bytes],
+    answer_s: float,
+    keys: ClientKeys | None,
+) -> Message:
+    """What the master says, or what the failure of a handshake means."""
+    poller = zmq.Poller()
+    for socket in (dealer, failures):
+        poller.register(socket, zmq.POLLIN)
+    end_s, num_broken_off = time.monotonic() + answer_s, 0
+    while ready := dict(poller.poll(max(0, round(1000 * (end_s - time.monotonic()))))):
+        if dealer in ready:
+            try:
+                return codec.decode(codec.receive(dealer))[1]
+            except ProtocolError as error:
+                raise RunError(f"the answer from {address} cannot be read: {error}") from None
+        event, num_broken_off = recv_monitor_message(failures)["event"], num_broken_off + 1
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keys is not None:
+            raise keys.refused(address)
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or num_broken_off == _MAX_BROKEN_OFF:
+            raise _broken_off(address, keys)
+    raise RunError(f"no master answered at {address} within {answer_s:g} s")
+
+
+def _broken_off(address: str, keys: ClientKeys | None) -> ConfigError:
+    rule = f"the master at {address} breaks off every handshake: "
+    if keys is None:
+        cure = "give the operator's, --keys RUN/keys/operator.key"
+        return ConfigError("--keys", None, rule + "it likely asks for keys", cure)
+    rule += "this key is likely of another run, or that master has no keys"
+    return ConfigError("--keys", str(keys.file), rule, "copy operator.key from the run's keys again")

@@ -82,11 +82,17 @@ def test_port_in_use(workbench: Workbench) -> None:
     assert not (workbench.folder / "runs" / "test").exists()
 
 
-def test_a_public_address_is_refused(workbench: Workbench) -> None:
-    master = workbench.start("master", str(workbench.file), "--bind", "tcp://0.0.0.0:5555")
+def test_a_public_address_is_not_had_in_the_clear_where_there_are_keys(workbench: Workbench) -> None:
+    made = workbench.start("keys", str(workbench.file))
+    out, err = made.communicate(timeout=30)
+    assert made.returncode == 0, err
+    assert "master, worker-0, operator" in out
+    address = ("--bind", "tcp://0.0.0.0:5555", "--insecure-plain-tcp")
+    master = workbench.start("master", str(workbench.file), *address)
     _, err = master.communicate(timeout=30)
     assert master.returncode == 2
-    assert "neither encrypted nor authenticated" in err
+    assert "--insecure-plain-tcp" in err
+    assert (workbench.folder / "runs" / "test" / "keys" / "worker-0.key").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize(

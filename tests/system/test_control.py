@@ -65,7 +65,7 @@ def test_a_stop_ends_a_pause_too(tmp_path: Path):
 def test_a_status_over_the_wire(tmp_path: Path):
     async def scenario(control: Control, address: str) -> None:
         await control.begin(3, 10)
-        control.finished({"train/loss": float("nan"), "seconds/step": 0.5})
+        control.finished({"train/loss": float("nan"), "seconds/step": 0.5, "performance/tokens": 7})
         found = await asyncio.to_thread(ask, address, Order.STATUS)
         assert (found.run, found.state, found.step, found.num_workers, found.workers) == ("first", "running", 3, 2, ())
         assert found.values["seconds/step"] == 0.5

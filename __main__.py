@@ -271,7 +271,7 @@ def _worker(options: argparse.Namespace, overrides: list[str]) -> int:
     from .workers.service import serve
 
     keys = None if options.keys is None else load_worker_keys(options.keys)
-    return serve(read_experiment_file(options.file), options.master, options.advertise, keys)
+    return serve(read_experiment_file(options.file), options.master, options.advertise, keys, _health(options))
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -50,6 +50,7 @@ from trainmaster.system.rpc.messages import Heartbeat, Register, Welcome
 from trainmaster.system.rpc.server import Server
 from trainmaster.workers.alarm import Alarm
 from trainmaster.workers.service import Worker
+from trainmaster.workers.tally import Tally
 
 NUM_WORKERS, IN_FLIGHT, SWARM = 16, 16, 512
 SMALL_BYTES, LARGE_BYTES = 200, 2**20
@@ -155,7 +156,7 @@ def register_of(rank: int) -> Register:
 def our_worker(rank: int, address: str, folder: str) -> None:
     client = Client(address, register_of(rank), 5.0)
     client.welcome(60)
-    Worker(client, lambda _: EchoHandlers(), Alarm(Path(folder) / f"{rank}.stacks")).run()  # type: ignore[arg-type]
+    Worker(client, lambda _: EchoHandlers(), Alarm(Path(folder) / f"{rank}.stacks"), Tally(client)).run()  # type: ignore[arg-type]
     client.close()
 
 

@@ -54,6 +54,7 @@ from trainmaster.system.rpc.server import Server
 from trainmaster.system.service.failpoints import hold_the_interpreter
 from trainmaster.workers.alarm import Alarm
 from trainmaster.workers.service import Worker
+from trainmaster.workers.tally import Tally
 
 NUM_WORKERS, IN_FLIGHT = 16, 4
 """Calls under way at each worker."""
@@ -103,7 +104,7 @@ def soaked_worker(rank: int, address: str, folder: str) -> None:
     client = Client(address, rpc.register_of(rank), SILENCE_S)
     client.welcome(60)
     stacks = Path(folder) / f"{os.getpid()}.stacks"
-    Worker(client, lambda welcome: CountingHandlers(Path(folder), welcome.epoch), Alarm(stacks)).run()  # type: ignore[arg-type,return-value]
+    Worker(client, lambda welcome: CountingHandlers(Path(folder), welcome.epoch), Alarm(stacks), Tally(client)).run()  # type: ignore[arg-type,return-value]
     client.close()
 
 

@@ -10,6 +10,7 @@ than its deadline ends the process (see `alarm`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -31,9 +32,13 @@ from ..system.rpc.commands import CallFunction, CallModel, Command, Redistribute
 from ..system.rpc.messages import Failure, Lane, Register, Reply, Request, Success, Welcome, stacks_name
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
+from ..system.service.figures import health_of_worker
+from ..system.service.health import HealthServer, Latest
 from ..system.service.keys import ClientKeys
 from ..system.service.logs import at, log_to_file
+from ..system.service.notify import notify
 from .alarm import Alarm
+from .tally import Tally
 
 if TYPE_CHECKING:
     from .handlers import Handlers
@@ -42,8 +47,17 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def serve(file: ExperimentFile, master: str, advertise: str | None, keys: ClientKeys | None) -> int:
-    """Runs a worker until its master ends the run. Returns an exit code; raises `ConfigError` if it is refused."""
+def serve(
+    file: ExperimentFile,
+    master: str,
+    advertise: str | None,
+    keys: ClientKeys | None,
+    health: tuple[str, int] | None = None,
+) -> int:
+    """Runs a worker until its master ends the run. `health` is where to answer operators.
+
+    Returns an exit code; raises `ConfigError` if it is refused.
+    """
     failpoint("worker.register")
     register = Register(
         host=socket.gethostname(),
@@ -54,7 +68,21 @@ def serve(file: ExperimentFile, master: str, advertise: str | None, keys: Client
         versions={"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
         code_digest=file.code_digest,
     )
-    client = Client(master, register, file.experiment.run.deadlines.silence_s, keys)
+    latest = Latest()
+    with contextlib.nullcontext() if health is None else HealthServer(*health, latest):
+        client = Client(master, register, file.experiment.run.deadlines.silence_s, keys)
+        return _serve(file, register, client, latest)
+
+
+def _serve(file: ExperimentFile, register: Register, client: Client, latest: Latest) -> int:
+    tally = Tally(client)
+
+    def report() -> None:
+        latest.post(health_of_worker(tally.figures()))
+        notify("WATCHDOG=1")
+
+    client.on_tick = report
+    notify("READY=1")  # it looks for its master; the rest is up to that
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
@@ -72,7 +100,8 @@ def serve(file: ExperimentFile, master: str, advertise: str | None, keys: Client
             )
         return Handlers(welcome, loaded, register.address)
 
-    Worker(client, set_up, Alarm(Path(welcome.log_directory) / stacks_name(register))).run()
+    Worker(client, set_up, Alarm(Path(welcome.log_directory) / stacks_name(register)), tally).run()
+    notify("STOPPING=1")
     client.close()
     return 0 if client.shutdown is not None and client.shutdown.is_done else EXIT_RUN_FAILED
 
@@ -80,8 +109,8 @@ def serve(file: ExperimentFile, master: str, advertise: str | None, keys: Client
 class Worker:
     """Executes the requests of all lanes. Sets itself up at an epoch's first, so that the master hears of a failure."""
 
-    def __init__(self, client: Client, set_up: Callable[[Welcome], Handlers], alarm: Alarm) -> None:
-        self._client, self._set_up, self._alarm = client, set_up, alarm
+    def __init__(self, client: Client, set_up: Callable[[Welcome], Handlers], alarm: Alarm, tally: Tally) -> None:
+        self._client, self._set_up, self._alarm, self._tally = client, set_up, alarm, tally
         self._handlers: Handlers | None = None
         self._epoch = 0
         self._setting_up = threading.Lock()
@@ -132,7 +161,7 @@ class Worker:
         outcome: Success | Failure
         with at(step=request.step, call=_name(request.command)):
             try:
-                with self._alarm.within(left_s):
+                with self._alarm.within(left_s), self._tally.executing(request):
                     outcome = self._execute(request, seconds)
             except Exception as error:
                 logger.exception("%s failed", request.command.type)

@@ -69,6 +69,8 @@ class Client:
         self.on_epoch: Callable[[], None] = lambda: None
         """Called on the I/O thread when the master begins another epoch: what is under way in the old one is to end,
         for its other members may be gone. Requests of the new one follow."""
+        self.on_tick: Callable[[], None] = lambda: None
+        """Called on the I/O thread about every second, as long as it goes round."""
         self._requests: dict[Lane, queue.SimpleQueue[Request | None]] = {lane: queue.SimpleQueue() for lane in Lane}
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown | ConfigError] = queue.SimpleQueue()
         self.current: Welcome | None = None
@@ -149,6 +151,15 @@ class Client:
         with self._waker_lock:
             self._waker.send(b"")
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the master was heard on the connection that is open."""
+        return self._is_heard.is_set()
+
+    def num_waiting(self) -> dict[Lane, int]:
+        """Requests that have not begun."""
+        return {lane: requests.qsize() for lane, requests in self._requests.items()}
+
     def close(self) -> None:
         """Says that this process is done: the I/O thread will not end it by force."""
         self._finished.set()
@@ -177,6 +188,7 @@ class Client:
             if now_s - last_sent_s >= HEARTBEAT_S:
                 last_sent_s = now_s
                 self._say(self._heartbeat(now_s) if self.current is not None else self._register)
+                self.on_tick()
             self._check_master(now_s)
 
     def _connect(self) -> None:

@@ -20,7 +20,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 faults: setup
-	$(BIN)/python -m pytest -m "fault or not fault" -s tests/fault
+	$(BIN)/python -m pytest -m "fault or not fault" -s tests/fault tests/deploy
 
 check: setup
 	$(BIN)/ruff check .

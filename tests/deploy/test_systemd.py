@@ -339,7 +339,7 @@ def test_a_run_under_a_systemd(tmp_path: Path, tiny_folder: Path):
     driver = f"""
         systemctl start {units}
         for attempt in $(seq 600); do
-            systemctl is-active {units} | grep -q '^activ' || break  # neither active nor activating
+            systemctl is-active {units} | grep -qvE '^(inactive|failed)$' || break  # all are at their end
             sleep 0.1
         done
         systemctl is-active {units} > /out/shown

@@ -71,7 +71,7 @@ from trainmaster.system.service.lifecycle import Life
 from trainmaster.system.service.logs import log_to_file
 
 async def main(address, epoch, silence_s, folder):
-    log_to_file(Path(folder) / f"server-{epoch}.log")
+    log_to_file(Path(folder) / f"server-{epoch}.log", "first", as_json=False)
     loop, commands = asyncio.get_running_loop(), asyncio.Queue()
     loop.add_reader(0, lambda: [commands.put_nowait(c) for c in os.read(0, 4096).decode().split()])
     say = lambda **facts: print(json.dumps(facts), flush=True)

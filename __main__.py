@@ -161,14 +161,14 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     loaded = _load(options, overrides, "run")
     check_files(loaded.compiled)
     check_functions(loaded)
+    health = _health(options)
+    flags = () if health is None else ("--health-host", health[0], "--health-port", str(health[1]))
     if options.detach:
         from .system.launchers.detached import start_detached
 
         check_run_directory(loaded.compiled.run.path)
-        return start_detached(options.file, overrides, loaded.compiled.run.path)
+        return start_detached(options.file, overrides, loaded.compiled.run.path, flags)
     with _claimed(loaded.compiled.run.path) as directory:
-        health = _health(options)
-        flags = () if health is None else ("--health-host", health[0], "--health-port", str(health[1]))
         run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory, flags)
         code = asyncio.run(run.follow())
         if code == ConfigError.exit_code:

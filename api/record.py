@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform
@@ -25,6 +26,19 @@ def record(cls: type[T]) -> type[T]:
     made = dataclass(frozen=True, kw_only=True, slots=True, config=config)(cls)
     setattr(made, "__init__", _checked(made.__init__))  # noqa: B010  (mypy refuses the plain assignment)
     return made  # type: ignore[return-value]  # pydantic types it as its own protocol
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def message(cls: type[T]) -> type[T]:
+    """A `record` that Python makes unchecked, as type checkers do that before: for what is made by the thousand.
+
+    Read from the wire, it is checked like any other.
+    """
+    fields = {name: value for name, value in vars(cls).items() if name in cls.__annotations__}
+    plain = type(cls.__name__, (), {**fields, "__annotations__": cls.__annotations__, "__module__": cls.__module__})
+    made = record(cls)
+    setattr(made, "__init__", vars(dataclasses.dataclass(frozen=True, kw_only=True)(plain))["__init__"])  # noqa: B010
+    return made
 
 
 def _checked(init: Callable[..., None]) -> Callable[..., None]:

@@ -302,7 +302,7 @@ def swarm(address: str, seconds: float) -> None:
     """SWARM workers in one process: they register, and then send heartbeats."""
     context = zmq.Context()
     context.setsockopt(zmq.MAX_SOCKETS, SWARM + 16)
-    beat = [codec.Envelope(epoch=1).encode(), *codec.encode_body(Heartbeat(run="bench", epoch=1))]
+    beat = codec.encode(Heartbeat(run="bench", epoch=1), codec.Envelope(epoch=1))
     sockets, poller = [], zmq.Poller()
     for rank in range(SWARM):
         dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)

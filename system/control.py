@@ -59,7 +59,8 @@ class Control:
         notify("READY=1")
         while True:
             status = self.status()
-            latest.post(health_of(status, self._num_tokens, self._server.num_waiting()))
+            server = self._server
+            latest.post(health_of(status, self._num_tokens, server.roster.num_waiting(), server.num_refused))
             notify(f"WATCHDOG=1\nSTATUS={status.state}, step {status.step} of {status.num_steps}")
             await asyncio.sleep(min(_REPORT_S, watchdog_s() or _REPORT_S))
 
@@ -90,7 +91,7 @@ class Control:
             host=entry.host,
             pid=entry.pid,
             num_workers=self._num_workers,
-            workers=self._server.statuses(),
+            workers=self._server.roster.statuses(asyncio.get_running_loop().time()),
             step=self._step,
             num_steps=self._num_steps,
             values=dict(self._values),

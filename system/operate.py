@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..api.errors import ConfigError, RunError
-from .rpc.messages import Order, RunStatus
-from .service.inquiry import address_of, ask, keys_of
+from .rpc.messages import Order, RunStatus, WorkerState
+from .service.inquiry import ask, way_to
 from .service.lifecycle import Entry, read_entry
 
 _REFRESH_S = 1.0
@@ -43,7 +43,7 @@ def ps(directory: Path, as_json: bool) -> None:
 
 def status(run: str, directory: Path, own: Path | None, follow: bool, as_json: bool) -> None:
     """What a run is at; with `follow`, again every second until it ends."""
-    address, keys = address_of(run, directory), keys_of(run, directory, own)
+    address, keys = way_to(run, directory, own)
     found = ask(address, Order.STATUS, keys=keys)
     if as_json:
         _say(_STATUS.dump_json(found).decode())
@@ -67,7 +67,8 @@ def status(run: str, directory: Path, own: Path | None, follow: bool, as_json: b
 
 def order(run: str, directory: Path, own: Path | None, what: Order) -> None:
     """Asks a run to pause, to go on, or to stop."""
-    found = ask(address_of(run, directory), what, keys=keys_of(run, directory, own))
+    address, keys = way_to(run, directory, own)
+    found = ask(address, what, keys=keys)
     said = {
         Order.PAUSE: "pauses after the step that is under way",
         Order.UNPAUSE: "goes on",
@@ -157,7 +158,7 @@ def _shown(status: RunStatus) -> RenderableType:
             "?" if worker.rank is None else str(worker.rank),
             worker.host,
             str(worker.pid),
-            Text(worker.state, style="red" if worker.state == "unresponsive" else ""),
+            Text(worker.state, style="red" if worker.state is WorkerState.UNRESPONSIVE else ""),
             worker.call,
             duration(worker.call_s) if worker.call else "",
             f"{duration(worker.heard_s)} ago",

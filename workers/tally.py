@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ..system.rpc.client import Client
 from ..system.rpc.messages import Lane, Request
 from ..system.service.figures import AtRequest, Executed, WorkerFigures
+
+_At = dict[Lane, tuple[str, float]]
+"""Command and start, by lane."""
+_Done = dict[tuple[Lane, str], tuple[int, int, float]]
+"""Requests, those of them that failed, and seconds, by lane and command."""
+
+
+class _Executing:
+    """Not a generator, which takes longer: it surrounds every request."""
+
+    __slots__ = ("_at", "_command", "_done", "_lane")
+
+    def __init__(self, lane: Lane, command: str, at: _At, done: _Done) -> None:
+        self._lane, self._command, self._at, self._done = lane, command, at, done
+
+    def __enter__(self) -> None:
+        self._at[self._lane] = (self._command, time.monotonic())
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        _, start_s = self._at.pop(self._lane)
+        which, taken_s = (self._lane, self._command), time.monotonic() - start_s
+        number, num_failed, seconds = self._done.get(which, (0, 0, 0.0))
+        self._done[which] = (number + 1, num_failed + (kind is not None), seconds + taken_s)
 
 
 class Tally:
@@ -16,24 +37,12 @@ class Tally:
 
     def __init__(self, client: Client) -> None:
         self._client, self._start_s = client, time.monotonic()
-        self._done: dict[tuple[Lane, str], tuple[int, int, float]] = {}
-        """Requests, those of them that failed, and seconds, by lane and command."""
-        self._at: dict[Lane, tuple[str, float]] = {}
+        self._done: _Done = {}
+        self._at: _At = {}
 
-    @contextmanager
-    def executing(self, request: Request) -> Iterator[None]:
+    def executing(self, request: Request) -> _Executing:
         """Counts a request; one that raises has failed."""
-        lane, command, start_s = request.lane, str(request.command.type), time.monotonic()
-        self._at[lane] = (command, start_s)
-        failed = 1
-        try:
-            yield
-            failed = 0
-        finally:
-            del self._at[lane]
-            number, num_failed, seconds = self._done.get((lane, command), (0, 0, 0.0))
-            taken_s = time.monotonic() - start_s
-            self._done[lane, command] = (number + 1, num_failed + failed, seconds + taken_s)
+        return _Executing(request.lane, request.command.type, self._at, self._done)
 
     def figures(self) -> WorkerFigures:
         welcome, now_s = self._client.current, time.monotonic()

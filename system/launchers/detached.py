@@ -13,13 +13,13 @@ from ..service.lifecycle import read_entry
 _LOOK_S = 0.05
 
 
-def start_detached(file: Path, overrides: Sequence[str], run_directory: Path) -> int:
+def start_detached(file: Path, overrides: Sequence[str], run_directory: Path, flags: Sequence[str] = ()) -> int:
     """Starts the run, and returns 0 once its master is there; if it ends before, its words and its exit code."""
     run_directory.parent.mkdir(parents=True, exist_ok=True)
     output = run_directory.with_name(f".{run_directory.name}.out")  # moves in when there is a directory
     with output.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "trainmaster", "run", str(file), *overrides],
+            [sys.executable, "-P", "-m", "trainmaster", "run", str(file), *flags, *overrides],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -1,16 +1,16 @@
 """A worker's end of the control plane: a DEALER socket on a thread of its own.
 
-The thread registers, sends heartbeats while the interpreter lets it, sorts requests into one queue a lane, and sends
-replies. It ends the process when the master is gone: a worker without a master has nothing left to do. Whether a
-connection is alive is ZeroMQ's to say, whose own thread answers the master's pings whatever Python does.
+The thread registers, sends heartbeats while the interpreter lets it, and sorts requests into one queue a lane. It ends
+the process when the master is gone: a worker without a master has nothing left to do. Lanes send their replies
+themselves, taking turns with it. Whether a connection is alive is ZeroMQ's to say, whose own thread answers the
+master's pings whatever Python does.
 
-    master <--DEALER--> [I/O thread: link] --requests--> queue of each lane --> lane threads
-                              ^-------------replies-----------------------------------'
+    master <--DEALER--> [link] --I/O thread--> queue of each lane --requests--> lane threads
+                           ^-------------------------replies-------------------------'
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from ...api.errors import ConfigError, ProtocolError, RunError
 from ..service.keys import ClientKeys
 from . import codec
+from .dealer import HANDSHAKE_FAILED, Dealer, suspicion
 from .drops import Drops
 from .link import Link, MasterClock
 from .messages import (
@@ -50,12 +50,6 @@ EXIT_MASTER_LOST = 3
 EXIT_RUN_FAILED = 4
 """The run failed or was stopped, and the master told this worker so."""
 _SHUTDOWN_GRACE_S = 3.0
-_RECONNECT_MS, _CONNECT_TIMEOUT_MS = 50, 1000
-_PING_SHARE, _PONG_SHARE = 0.1, 0.5
-"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer. Together less than what the master grants: a worker
-knows of a partition before it is given up."""
-_WAKE = "inproc://wake"
-_FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
 class Client:
@@ -75,6 +69,8 @@ class Client:
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown | ConfigError] = queue.SimpleQueue()
         self.current: Welcome | None = None
         """The last welcome: of the epoch whose requests are executed."""
+        self._turn = threading.Lock()
+        """Whose holder may use the link and the dealer."""
         self._link: Link[codec.Body] = Link()
         self._clock = MasterClock()
         self._executing: dict[int, float] = {}
@@ -90,12 +86,7 @@ class Client:
         self.shutdown: Shutdown | None = None
         """The master's last word, once it has spoken it."""
         self._finished = threading.Event()
-        self._context = zmq.Context()
-        self._replies: queue.SimpleQueue[tuple[int, codec.Body]] = queue.SimpleQueue()
-        self._waker: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-        self._waker.bind(_WAKE)
-        self._waker_lock = threading.Lock()
-        self._poller = zmq.Poller()
+        self._dealer = Dealer(master, silence_s, keys)
         self._drops = Drops(logger)
         self._thread = threading.Thread(target=self._serve, name="rpc", daemon=True)
         self._thread.start()
@@ -105,9 +96,10 @@ class Client:
         try:
             answer = self._answers.get(timeout=deadline_s)
         except queue.Empty:
+            why = f". {self._num_failed} connections to it ended in the handshake: {suspicion(self._keys)}"
             raise RunError(
                 f"no master answered at {self._master} within {deadline_s:g} s (run.deadlines.register_s)"
-                + (f". {self._suspicion()}" if self._num_failed else "")
+                + (f"{why} (--keys RUN/keys/worker-N.key)" if self._num_failed else "")
             ) from None
         match answer:
             case Welcome():
@@ -128,7 +120,8 @@ class Client:
         is down: the master may have given this worker up.
         """
         while (request := self._requests[lane].get()) is not None:
-            self._is_heard.wait()
+            if not self._is_heard.is_set():
+                self._is_heard.wait()
             welcome, clock, now_s = self.current, self._clock, time.monotonic()
             if welcome is None or request.epoch != welcome.epoch:
                 continue
@@ -144,12 +137,16 @@ class Client:
         return None
 
     def reply(self, reply: Reply) -> None:
-        """Hands a reply to the I/O thread. Safe from any thread. Raises `ProtocolError` if it is too large."""
+        """Sends it, now or as soon as it can be. Safe from any thread. Raises `ProtocolError` if it is too large."""
         body = codec.encode_body(reply)
         self._executing.pop(reply.id, None)
-        self._replies.put((reply.epoch, body))
-        with self._waker_lock:
-            self._waker.send(b"")
+        with self._turn:
+            if self.current is not None and reply.epoch == self.current.epoch:
+                self._link.post(body)
+                self._flush(time.monotonic())
+            is_readable = self._dealer.is_readable
+        if is_readable:
+            self._dealer.wake()
 
     @property
     def is_connected(self) -> bool:
@@ -167,56 +164,32 @@ class Client:
     # -- the I/O thread -------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        wake: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
-        wake.connect(_WAKE)
-        self._poller.register(wake, zmq.POLLIN)
-        self._connect()
-        last_sent_s = time.monotonic()
-        while True:
-            ready = dict(self._poller.poll(int(1000 * HEARTBEAT_S / 2)))
-            if wake in ready:
-                wake.recv()
-                self._post_reply()
-            if self._dealer in ready:
-                self._receive(codec.receive(self._dealer))
-            if self._monitor in ready:
-                self._follow(recv_monitor_message(self._monitor)["event"])
-            if self._again_s is not None and time.monotonic() >= self._again_s:
-                self._reconnect()
-            now_s = time.monotonic()
-            self._flush(now_s)
-            if now_s - last_sent_s >= HEARTBEAT_S:
-                last_sent_s = now_s
-                self._say(self._heartbeat(now_s) if self.current is not None else self._register)
+        tick_s = said_s = time.monotonic()
+        is_readable = True
+        while self.shutdown is None:
+            has_message, has_events = self._dealer.wait(0 if is_readable else HEARTBEAT_S / 2)
+            with self._turn:
+                if (is_readable or has_message) and (frames := self._dealer.receive()) is not None:
+                    self._receive(frames)
+                if has_events:
+                    for event in self._dealer.events():
+                        self._follow(event)
+                now_s = time.monotonic()
+                self._flush(now_s)
+                if now_s - tick_s >= HEARTBEAT_S / 2:
+                    tick_s = now_s
+                    self._check_master(now_s)
+                if now_s - said_s >= HEARTBEAT_S:
+                    said_s = now_s
+                    self._say(self._heartbeat(now_s) if self.current is not None else self._register)
+                is_readable = self._dealer.is_readable
+            if said_s == now_s:
                 self.on_tick()
-            self._check_master(now_s)
-
-    def _connect(self) -> None:
-        """A new socket. The router gives each connection a name, and `Register` says whose it is."""
-        dealer: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.LINGER, 1000)
-        dealer.setsockopt(zmq.IPV6, "[" in self._master)
-        dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-        dealer.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
-        dealer.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        dealer.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
-        dealer.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * self._silence_s * _PING_SHARE))
-        dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * self._silence_s * _PONG_SHARE))
-        if self._keys is not None:
-            self._keys.secure(dealer)
-        self._dealer, self._again_s = dealer, None
-        self._monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED)
-        dealer.connect(self._master)
-        for socket in (self._dealer, self._monitor):
-            self._poller.register(socket, zmq.POLLIN)
+        self._wind_up(self.shutdown)
 
     def _reconnect(self) -> None:
-        self._poller.unregister(self._dealer)
-        self._poller.unregister(self._monitor)
-        self._dealer.disable_monitor()
-        self._monitor.close(linger=0)
-        self._dealer.close(linger=0)
-        self._connect()
+        self._again_s = None
+        self._dealer.reconnect(self._silence_s)
 
     def _heartbeat(self, now_s: float) -> Heartbeat:
         assert self.current is not None, "only a welcomed worker has a run and an epoch"
@@ -225,11 +198,6 @@ class Client:
             for identity, start_s in list(self._executing.items())
         )
         return Heartbeat(run=self.current.run, epoch=self.current.epoch, executing=executing)
-
-    def _post_reply(self) -> None:
-        epoch, body = self._replies.get()
-        if self.current is not None and epoch == self.current.epoch:
-            self._link.post(body)
 
     def _flush(self, now_s: float) -> None:
         if self._disconnected_s is None:
@@ -243,8 +211,7 @@ class Client:
     def _transmit(self, order: int, body: codec.Body) -> None:
         epoch = 0 if self.current is None else self.current.epoch
         envelope = codec.Envelope(epoch, order, self._link.received, time.monotonic())
-        with contextlib.suppress(zmq.Again):  # no connection yet, or its queue is full: it is said again
-            codec.send(self._dealer, [envelope.encode(), *body])
+        self._dealer.send(envelope.around(body))
 
     def _follow(self, event: int) -> None:
         """Registers with whoever is at the other end of each new connection."""
@@ -255,11 +222,11 @@ class Client:
                 register = dataclasses.replace(register, run=self.current.run, epoch=self.current.epoch)
             self._say(register)
             self._link.hurry()
-        elif event & _FAILED:
+        elif event & HANDSHAKE_FAILED:
             self._failed(event)
         else:
-            while self._dealer.poll(0):  # its last words may have come just before: a shutdown is no loss
-                self._receive(codec.receive(self._dealer))
+            while (frames := self._dealer.receive()) is not None:  # its last words: a shutdown is no loss
+                self._receive(frames)
             if self._disconnected_s is None:  # a handshake that fails is no sign of the master's life
                 self._disconnected_s = time.monotonic()
             self._is_heard.clear()
@@ -274,36 +241,31 @@ class Client:
                 self._leave(f"the master does not accept this worker's key any more ({self._keys.name})")
             self._answers.put(self._keys.refused(self._master))
 
-    def _suspicion(self) -> str:
-        """What failed handshakes likely come from."""
-        if self._keys is None:
-            why = "it likely asks for keys, and this worker has none: give it its own, --keys RUN/keys/worker-N.key"
-        else:
-            why = f"{self._keys.file} is likely of another run, or this master runs without keys"
-        return f"{self._num_failed} connections to it ended in the handshake: {why}"
-
     def _check_master(self, now_s: float) -> None:
+        if self._again_s is not None and now_s >= self._again_s:
+            self._reconnect()
         if self.current is None or self._disconnected_s is None:
             return  # before the welcome, `welcome` watches the clock
         if now_s - self._disconnected_s > self.current.orphan_s:
             self._leave("the master closed its connection, or fell silent, and did not come back")
 
-    def _receive(self, frames: codec.Body) -> None:
+    def _receive(self, frames: list[codec.Frame]) -> None:
         try:
-            envelope = codec.Envelope.decode(frames)
+            envelope, body = codec.opened(frames)
             if envelope.version != PROTOCOL_VERSION:
                 raise ProtocolError(f"protocol version {envelope.version}, not {PROTOCOL_VERSION}")
             if self.current is not None and envelope.epoch == self.current.epoch:
                 self._clock.note(envelope.sent_s, time.monotonic())
                 self._link.acknowledge(envelope.received)
-                self._is_heard.set()
+                if not self._is_heard.is_set():
+                    self._is_heard.set()
             if envelope.order == 0:
-                self._hear(codec.decode_body(frames[1:]))
+                self._hear(codec.decode_body(body))
             elif self.current is None or envelope.epoch != self.current.epoch:
                 self._drops.note(f"it was of epoch {envelope.epoch}", time.monotonic())
             else:
-                for body in self._link.accept(envelope.order, frames[1:]):
-                    self._obey(codec.decode_body(body))
+                for delivered in self._link.accept(envelope.order, body):
+                    self._obey(codec.decode_body(delivered))
         except ProtocolError as error:
             self._drops.note(str(error), time.monotonic())
 
@@ -352,19 +314,17 @@ class Client:
                 logger.info("shutting down: %s", message.reason)
                 self._say(self._heartbeat(time.monotonic()))  # acknowledges it: the master waits for that
                 self._answers.put(message)
-                self._wind_up(message)
+                self.shutdown = message
             case _:
                 logger.warning("dropped a %s from the master", message.type)
 
     def _wind_up(self, shutdown: Shutdown) -> None:
-        self.shutdown = shutdown
         for lane in Lane:
             self._requests[lane].put(None)
         if not self._finished.wait(_SHUTDOWN_GRACE_S):
             logger.warning("still busy %g s after the shutdown: leaving at once", _SHUTDOWN_GRACE_S)
             logging.shutdown()
             os._exit(0 if shutdown.is_done else EXIT_RUN_FAILED)
-        threading.Event().wait()  # the main thread ends the process
 
     def _leave(self, why: str) -> None:
         logger.error("%s: this worker ends", why)

@@ -1,8 +1,8 @@
 """Messages to ZeroMQ frames and back.
 
-    frame 0     the envelope, 42 bytes, the same in every version: mark, protocol version, epoch, order, received, time
-    frame 1     the message: msgpack
-    frame 2...  one for each array in it: raw bytes, never copied; type and shape stand in the message
+    frame 0     the envelope, 42 bytes, the same in every version: mark, protocol version, epoch, order, received, time;
+                after it the message: msgpack
+    frame 1...  one for each array in it: raw bytes, never copied; type and shape stand in the message
 
 A frame from outside is not trusted: every length, depth and count is bounded before anything is built from it, and the
 message must validate against the closed union of messages.
@@ -24,7 +24,7 @@ from ...api.errors import ProtocolError
 from .messages import MESSAGES, PROTOCOL_VERSION, Message
 
 MAX_BODY_BYTES = 64 * 2**20
-"""Of any one frame."""
+"""Of a message without its arrays, and of each of them."""
 MAX_ITEMS = 2**20
 """The most items of one array or map."""
 MAX_ARRAYS = 64
@@ -48,12 +48,13 @@ DTYPES = tuple(
 )
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 _ENVELOPE = struct.Struct(">8sHQQQd")
+MAX_FRAME_BYTES = _ENVELOPE.size + MAX_BODY_BYTES
 _MARK = b"TRAINMST"
 _BUFFER_BYTES = 4096
 """msgpack's at first; by default it takes a quarter of a megabyte for each message."""
 _COPIED_BYTES = 2**16
 """Below, a copy is cheaper than ZeroMQ's bookkeeping of who owns what."""
-_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_NOBLOCK, _SEND_MORE, _RECEIVE_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.RCVMORE)
 """Plain numbers: enumerations cost more than the calls that take them."""
 QUEUED_MESSAGES = 10_000
 """In either direction of a connection. A heartbeat a second takes hours to fill it: libzmq 4.3.5 aborts the process if
@@ -64,7 +65,7 @@ _ARRAY = 1
 """msgpack's extension type of an array. Its content: its frame and its dtype's code, a byte each, then its shape."""
 Frame = bytes | bytearray | memoryview
 Body = list[Frame]
-"""All frames of a message after the envelope."""
+"""A message, encoded, and its arrays."""
 
 
 class Envelope(NamedTuple):
@@ -79,52 +80,56 @@ class Envelope(NamedTuple):
     """On the sender's monotonic clock."""
     version: int = PROTOCOL_VERSION
 
-    def encode(self) -> bytes:
-        return _ENVELOPE.pack(_MARK, self.version, self.epoch, self.order, self.received, self.sent_s)
+    def around(self, body: Body) -> list[Frame]:
+        """All frames."""
+        head = _ENVELOPE.pack(_MARK, self.version, self.epoch, self.order, self.received, self.sent_s)
+        return [b"".join((head, body[0])), *body[1:]]
 
-    @classmethod
-    def decode(cls, frames: Sequence[Frame]) -> Envelope:
-        """Raises `ProtocolError` for anything but the envelope of a Trainmaster, of whatever version."""
-        if not 2 <= len(frames) <= 2 + MAX_ARRAYS:
-            raise ProtocolError(f"{len(frames)} frames where a message has 2, and {MAX_ARRAYS} arrays at most")
-        if len(frames[0]) != _ENVELOPE.size:
-            raise ProtocolError(f"an envelope of {len(frames[0])} bytes, not {_ENVELOPE.size}: another program's")
-        mark, version, epoch, order, received, sent_s = _ENVELOPE.unpack(frames[0])
-        if mark != _MARK:
-            raise ProtocolError(f"an envelope that begins with {mark!r}, not {_MARK!r}: another program's")
-        return cls(epoch, order, received, sent_s, version)
+
+def opened(frames: Sequence[Frame]) -> tuple[Envelope, Body]:
+    """Raises `ProtocolError` for anything but the envelope of a Trainmaster, of whatever version."""
+    if not 1 <= len(frames) <= 1 + MAX_ARRAYS:
+        raise ProtocolError(f"{len(frames)} frames where a message has 1, and {MAX_ARRAYS} arrays at most")
+    first = memoryview(frames[0])
+    if len(first) < _ENVELOPE.size:
+        raise ProtocolError(
+            f"a frame of {len(first)} bytes, less than an envelope's {_ENVELOPE.size}: another program's"
+        )
+    mark, version, epoch, order, received, sent_s = _ENVELOPE.unpack_from(first)
+    if mark != _MARK:
+        raise ProtocolError(f"an envelope that begins with {mark!r}, not {_MARK!r}: another program's")
+    return Envelope(epoch, order, received, sent_s, version), [first[_ENVELOPE.size :], *frames[1:]]
 
 
 def encode_body(message: Message) -> Body:
     """Raises `ProtocolError` if the message is larger than a receiver accepts."""
     arrays: list[Frame] = []
 
-    def default(value: object) -> msgpack.ExtType:
-        assert isinstance(value, np.ndarray), f"messages hold plain values and arrays, not {type(value)}"
+    def default(value: Any) -> dict[str, Any] | msgpack.ExtType:  # Any: a record, its fields, or an array
+        if not isinstance(value, np.ndarray):
+            return {name: getattr(value, name) for name in value.__dataclass_fields__}
         if len(arrays) == MAX_ARRAYS or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
             raise ProtocolError(
                 f"array {len(arrays)} of a {message.type} is {value.dtype} of {value.ndim} dimensions: a message holds "
                 f"at most {MAX_ARRAYS}, of at most {MAX_DIMENSIONS}, and of no other types than numbers"
             )
         head = struct.pack(f">BB{value.ndim}Q", len(arrays), _DTYPE_CODES[value.dtype], *value.shape)
-        arrays.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        arrays.append(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
         return msgpack.ExtType(_ARRAY, head)
 
-    content = MESSAGES.serializer.to_python(message)
-    packed: bytes = msgpack.packb(content, default=default, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES)
-    body: Body = [packed, *arrays]
-    largest = max(map(len, body))
-    if largest > MAX_BODY_BYTES:
-        raise ProtocolError(f"a {message.type} message of {largest} bytes is over the limit of {MAX_BODY_BYTES}")
-    return body
+    packed: bytes = msgpack.packb(message, default=default, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES)
+    for frame in (packed, *arrays):
+        if len(frame) > MAX_BODY_BYTES:
+            raise ProtocolError(f"a {message.type} message of {len(frame)} bytes is over the limit of {MAX_BODY_BYTES}")
+    return [packed, *arrays]
 
 
 def decode_body(body: Sequence[Frame]) -> Message:
     """Raises `ProtocolError` for anything but a valid message of this version. Arrays are views of their frames."""
     packed, arrays = body[0], body[1:]
-    largest = max(map(len, body))
-    if largest > MAX_BODY_BYTES:
-        raise ProtocolError(f"a frame of {largest} bytes is over the limit of {MAX_BODY_BYTES}")
+    for frame in body:
+        if len(frame) > MAX_BODY_BYTES:
+            raise ProtocolError(f"a frame of {len(frame)} bytes is over the limit of {MAX_BODY_BYTES}")
     num_read = 0
 
     def read(code: int, content: bytes) -> np.ndarray[Any, Any]:
@@ -168,39 +173,37 @@ def _read_array(content: bytes, frames: Sequence[Frame], expected: int) -> np.nd
     dtype = DTYPES[code]
     if math.prod(shape) * dtype.itemsize != len(frames[at]):
         raise ValueError(f"an array of {shape} {dtype} in {len(frames[at])} bytes")
-    return np.frombuffer(frames[at], dtype).reshape(shape)
+    return np.ndarray(shape, dtype, frames[at])
 
 
-def receive(socket: zmq.Socket[bytes], route: int = 0) -> Body:
-    """The frames of the next message, after `route` frames that say where it came from. Large ones are not copied.
+def receive(socket: zmq.Socket[bytes]) -> list[Frame]:
+    """The frames of the next message, or what is left of them. Arrays are not copied.
 
     Raises `zmq.Again` if there is none. Of a message with too many frames, one more is returned than there can be.
     """
-    frames: Body = []
-    more = True
-    while more:
+    frames: list[Frame] = [socket.recv(_NOBLOCK)]
+    while socket.getsockopt(_RECEIVE_MORE):
         frame = socket.recv(_NOBLOCK, copy=False)
-        more = frame.more
-        if len(frames) <= route + 2 + MAX_ARRAYS:
+        if len(frames) <= 1 + MAX_ARRAYS:
             frames.append(frame.bytes if len(frame) < _COPIED_BYTES else frame.buffer)
     return frames
 
 
-def send(socket: zmq.Socket[bytes], frames: Body) -> None:
+def send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:
     """Raises `zmq.Again` if the socket's queue is full. What is large is not copied: leave its arrays as they are."""
     for frame in frames[:-1]:
-        socket.send(frame, _MORE, copy=len(frame) < _COPIED_BYTES)
+        socket.send(frame, _SEND_MORE, copy=len(frame) < _COPIED_BYTES)
     socket.send(frames[-1], _NOBLOCK, copy=len(frames[-1]) < _COPIED_BYTES)
 
 
-def encode(message: Message, envelope: Envelope) -> Body:
+def encode(message: Message, envelope: Envelope) -> list[Frame]:
     """All frames."""
-    return [envelope.encode(), *encode_body(message)]
+    return envelope.around(encode_body(message))
 
 
 def decode(frames: Sequence[Frame]) -> tuple[Envelope, Message]:
     """All at once. Raises `ProtocolError`."""
-    envelope = Envelope.decode(frames)
+    envelope, body = opened(frames)
     if envelope.version != PROTOCOL_VERSION:
         raise ProtocolError(f"protocol version {envelope.version}, not {PROTOCOL_VERSION}")
-    return envelope, decode_body(frames[1:])
+    return envelope, decode_body(body)

@@ -22,10 +22,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter
 
-from ...api.record import record
+from ...api.record import message, record
+from ..service.lifecycle import State
 from .commands import Command, Hook, Result, ShardFile
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 Word = Annotated[str, Field(max_length=256, pattern=r"^\P{Cc}*$")]
 """What ends up in logs: short, and on one line."""
 HEARTBEAT_S = 1.0
@@ -80,7 +81,7 @@ class Heartbeat:
     executing: Annotated[tuple[Executing, ...], Field(max_length=len(Lane))] = ()
 
 
-@record
+@message
 class Success:
     type: Literal["success"] = "success"
     result: Result
@@ -102,7 +103,7 @@ class Failure:
     cure: str = ""
 
 
-@record
+@message
 class Reply:
     type: Literal["reply"] = "reply"
     run: str
@@ -145,7 +146,7 @@ class Ping:
     type: Literal["ping"] = "ping"
 
 
-@record
+@message
 class Request:
     type: Literal["request"] = "request"
     run: str
@@ -200,14 +201,22 @@ class Inquire:
     order: Order
 
 
+class WorkerState(StrEnum):
+    """What a worker is at, as its master knows it."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    UNRESPONSIVE = "unresponsive"
+    """Its interpreter lets it say nothing."""
+
+
 @record
 class WorkerStatus:
     rank: int | None
     """None until all workers have come."""
     host: str
     pid: int
-    state: str
-    """idle, busy, or unresponsive: its interpreter lets it say nothing."""
+    state: WorkerState
     call: str = ""
     """What it is at, as errors would name it."""
     call_s: NonNegativeFloat = 0.0
@@ -219,8 +228,7 @@ class WorkerStatus:
 class RunStatus:
     type: Literal["run_status"] = "run_status"
     run: str
-    state: str
-    """See `system.service.lifecycle.State`."""
+    state: State
     state_s: NonNegativeFloat
     """For how long."""
     up_s: NonNegativeFloat

@@ -35,6 +35,7 @@ from .messages import (
     Reply,
     Success,
     Welcome,
+    WorkerState,
     WorkerStatus,
     stacks_name,
 )
@@ -127,7 +128,8 @@ class Peer:
         at = [(each.seconds + silent_s, self.pending[each.id]) for each in self.executing if each.id in self.pending]
         at = at or [(now_s - each.start_s, each) for each in self.pending.values()]  # it has not said yet
         call_s, pending = max(at, key=lambda each: each[0], default=(0.0, None))
-        state = "unresponsive" if not self.responsive else "idle" if pending is None else "busy"
+        state = WorkerState.IDLE if pending is None else WorkerState.BUSY
+        state = state if self.responsive else WorkerState.UNRESPONSIVE
         return WorkerStatus(
             rank=self.rank,
             host=self.register.host,
@@ -137,6 +139,12 @@ class Peer:
             call_s=call_s,
             heard_s=silent_s,
         )
+
+    def stop_waiting(self) -> None:
+        """Its connection is back, or nobody waits for that any more."""
+        if self.gone is not None:
+            self.gone.cancel()
+            self.gone = None
 
     def check_heartbeats(self, now_s: float) -> None:
         """Marks a worker whose connection lives, but whose Python lets it send nothing."""
@@ -261,6 +269,15 @@ class Roster:
         del self.peers[peer.register.incarnation], self.by_route[peer.route]
         self._fenced.add(peer.register.incarnation)
         return True
+
+    def statuses(self, now_s: float) -> tuple[WorkerStatus, ...]:
+        """Of all workers that are there, by rank or else as they came."""
+        statuses = [peer.status(now_s) for peer in self.peers.values()]
+        return tuple(sorted(statuses, key=lambda status: -1 if status.rank is None else status.rank))
+
+    def num_waiting(self) -> dict[int, int]:
+        """Requests without a reply, by rank."""
+        return {peer.rank: len(peer.pending) for peer in self.peers.values() if peer.rank is not None}
 
     def assign_ranks(self) -> None:
         """In the order of registration, workers of one host side by side."""

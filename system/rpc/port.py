@@ -7,6 +7,7 @@ encrypted, only holders of allowed keys have one (see `zap`), and with each mess
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import zmq
@@ -20,7 +21,7 @@ _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for the server to notice."""
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
-_READABLE, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
+_EVENTS, _READABLE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
 
 
 class Port:
@@ -33,14 +34,14 @@ class Port:
         self._gate = None if keys is None else Gate(self._context, keys)
         self._router = self._bound(address, silence_s)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._is_drain_due = False
+        self._is_open, self._is_drain_due = True, False
 
     def _bound(self, address: str, silence_s: float) -> zmq.Socket[bytes]:
         """Raises `ConfigError` if the address cannot be had."""
         router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.IPV6, "[" in address)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # to send to a closed connection is an error: how we learn of it
-        router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
+        router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_FRAME_BYTES)
         router.setsockopt(zmq.SNDHWM, codec.QUEUED_MESSAGES)
         router.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
         # answered by ZeroMQ's own thread, whatever Python does at the other end
@@ -62,13 +63,15 @@ class Port:
         """Connections that nobody got in by."""
         return 0 if self._gate is None else self._gate.num_refused
 
-    def open(self, take: Callable[[bytes, codec.Body, Holder | None], None], refuse: Callable[[str], None]) -> None:
+    def open(
+        self, take: Callable[[bytes, list[codec.Frame], Holder | None], None], refuse: Callable[[str], None]
+    ) -> None:
         """Has every message passed on, with the name of its connection and, with keys, who sent it.
 
         `refuse` is told why a connection was refused.
         """
         self._loop, self._take, self._refuse = asyncio.get_running_loop(), take, refuse
-        self._loop.add_reader(self._router.fileno(), self.drain)
+        self._loop.add_reader(self._router.fileno(), self._awake)
         if self._gate is not None:
             self._gate.open()
             self._loop.add_reader(self._gate.events.fileno(), self._count_strangers, self._gate)
@@ -76,6 +79,7 @@ class Port:
         self._drain_soon()
 
     async def close(self, linger_s: float) -> None:
+        self._is_open = False
         self._loop.remove_reader(self._router.fileno())
         if self._gate is not None:
             self._loop.remove_reader(self._gate.events.fileno())
@@ -84,9 +88,9 @@ class Port:
         self._router.close(linger=round(1000 * linger_s))  # here, on the thread that uses it
         await asyncio.to_thread(self._context.term)
 
-    def send(self, route: bytes, frames: codec.Body) -> bool:
+    def send(self, route: bytes, frames: list[codec.Frame]) -> bool:
         """Whether the connection is there still. What a full queue does not take is lost."""
-        if self._router.closed:
+        if not self._is_open:
             return False
         try:
             codec.send(self._router, [route, *frames])
@@ -103,18 +107,24 @@ class Port:
     def drain(self) -> None:
         """Passes on what has arrived."""
         self._is_drain_due = False
-        if self._router.closed:
-            return
         for _ in range(_DRAINED_AT_ONCE):
-            if not int(self._router.getsockopt(zmq.EVENTS)) & _READABLE:  # asking is cheaper than failing
+            if not self._is_open or not int(self._router.getsockopt(_EVENTS)) & _READABLE:  # cheaper than to fail
                 return
-            if self._gate is None:
-                route, *frames = codec.receive(self._router, route=1)
-                self._take(bytes(route), frames, None)
-            else:
-                first = self._router.recv(_NOBLOCK, copy=False)
-                self._take(first.bytes, codec.receive(self._router), self._gate.sender(first))
+            self._pass_on()
         self._drain_soon()  # others on the loop have their turn
+
+    def _awake(self) -> None:
+        """The descriptor says that there is something: a message, almost always."""
+        with contextlib.suppress(zmq.Again):
+            self._pass_on()
+        self.drain()
+
+    def _pass_on(self) -> None:
+        if self._gate is None:
+            self._take(self._router.recv(_NOBLOCK), codec.receive(self._router), None)
+        else:
+            first = self._router.recv(_NOBLOCK, copy=False)
+            self._take(first.bytes, codec.receive(self._router), self._gate.sender(first))
 
     def is_allowed(self, holder: Holder) -> bool:
         """Whether a key is still its holder's."""

@@ -46,7 +46,6 @@ from .messages import (
     RunStatus,
     Shutdown,
     Welcome,
-    WorkerStatus,
 )
 from .peer import Answer, Asked, Peer, Pending, Roster
 from .port import Port
@@ -60,6 +59,7 @@ _RECONNECT_S = 0.3
 _LINGER_S = 0.5
 _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
+_REVOKED = "had its key revoked"
 _STRANGER_BYTES = 2**15
 """The most that one who is not registered may send at once: a registration is far smaller."""
 MAX_PENDING = 2**16
@@ -84,7 +84,7 @@ class Server:
         self.step = 0
         """For logs: the step that requests belong to."""
         self._log_directory = log_directory
-        self._roster = Roster(run, num_workers, code_digest)
+        self.roster = Roster(run, num_workers, code_digest)
         self.on_inquiry: Callable[[Inquire], RunStatus | Refuse] = lambda _: Refuse(reason="nobody here knows")
         """Answers who asks after the run. Must not wait."""
         self._drops = Drops(logger)
@@ -94,7 +94,7 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
-        self.lost: asyncio.Future[Any] = self._future()  # Any: it never has a result
+        self.lost: asyncio.Future[Any] = _quiet(self._loop)  # Any: it never has a result
         """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
         self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
@@ -106,7 +106,7 @@ class Server:
     ) -> None:
         reason = "the run is over" if error is None else f"the run ended: {error or type(error).__name__}"
         shutdown = Shutdown(is_done=error is None, reason=reason[:2000])
-        for peer in list(self._roster.peers.values()):
+        for peer in list(self.roster.peers.values()):
             peer.lost = RunError(reason)
             peer.drop(peer.lost)
             if peer.welcome is None:
@@ -117,15 +117,14 @@ class Server:
             async with asyncio.timeout(_SHUTDOWN_S):
                 await self._all_told()
         self._timer.cancel()
-        for peer in self._roster.peers.values():
-            if peer.gone is not None:
-                peer.gone.cancel()
+        for peer in self.roster.peers.values():
+            peer.stop_waiting()
         self.lost.cancel()
         await self._port.close(_LINGER_S)
 
     async def _all_told(self) -> None:
         """Waits until nothing is left to acknowledge. Time is short: what is not acknowledged is soon sent again."""
-        while waiting := [peer for peer in self._roster.peers.values() if not peer.link.is_idle]:
+        while waiting := [peer for peer in self.roster.peers.values() if not peer.link.is_idle]:
             self._arrived.clear()
             try:
                 await asyncio.wait_for(self._arrived.wait(), _SHUTDOWN_S / 5)
@@ -147,38 +146,23 @@ class Server:
         if self.lost.done():
             self.lost.result()
         if not self._all_registered.is_set():
-            raise DeadlineExceeded(
-                f"only {len(self._roster.peers)} of {self._roster.num_workers} workers registered at {self.address} "
-                f"within {deadline_s:g} s (run.deadlines.register_s). Start the missing ones with "
-                f"`trainmaster worker FILE --master {self.address}`, or look into their logs"
-                + (f". A message was dropped: {self._drops.last}" if self._drops.last is not None else "")
-            )
-        self._roster.assign_ranks()
-        return [peer.register for peer in self._roster.by_rank]
+            raise _too_few(self.roster, self.address, deadline_s, self._drops.last)
+        self.roster.assign_ranks()
+        return [peer.register for peer in self.roster.by_rank]
 
     @property
     def registered(self) -> list[Register]:
         """Workers that are there, in the order in which they came."""
-        return [peer.register for peer in self._roster.peers.values()]
+        return [peer.register for peer in self.roster.peers.values()]
 
     @property
     def num_refused(self) -> int:
         """Connections of strangers, where there are keys."""
         return self._port.num_refused
 
-    def statuses(self) -> tuple[WorkerStatus, ...]:
-        """Of all workers that are there, by rank or else as they came."""
-        now_s = self._loop.time()
-        statuses = [peer.status(now_s) for peer in self._roster.peers.values()]
-        return tuple(sorted(statuses, key=lambda status: -1 if status.rank is None else status.rank))
-
-    def num_waiting(self) -> dict[int, int]:
-        """Requests without a reply, by rank."""
-        return {peer.rank: len(peer.pending) for peer in self._roster.peers.values() if peer.rank is not None}
-
     def welcome(self, make: Callable[[int], Welcome]) -> None:
         """Sends every worker its welcome."""
-        for rank, peer in enumerate(self._roster.by_rank):
+        for rank, peer in enumerate(self.roster.by_rank):
             peer.last_heard_s = self._loop.time()
             peer.link, peer.welcome = Link(), make(rank)
             assert (peer.welcome.run, peer.welcome.epoch) == (self.run, self.epoch), "a welcome is to this epoch"
@@ -188,11 +172,11 @@ class Server:
         """Begins a new epoch with the workers that are left: `workers` waits for others in place of the lost."""
         over = RunError(f"epoch {self.epoch} is over")
         self.epoch += 1
-        self.lost = self._future()
-        for peer in self._roster.peers.values():
+        self.lost = _quiet(self._loop)
+        for peer in self.roster.peers.values():
             peer.rank, peer.welcome = None, None
             peer.drop(over)
-        if not self._roster.is_complete:
+        if not self.roster.is_complete:
             self._all_registered.clear()
 
     def submit(
@@ -211,7 +195,7 @@ class Server:
         The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that the worker raised),
         with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first.
         """
-        peer = self._roster.by_rank[rank]
+        peer = self.roster.by_rank[rank]
         if len(peer.pending) >= MAX_PENDING:
             raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         self._num_requests += 1
@@ -240,13 +224,8 @@ class Server:
 
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
-        for peer in list(self._roster.peers.values()):
+        for peer in list(self.roster.peers.values()):
             self._say(peer, Ping())
-
-    def _future(self) -> asyncio.Future[Any]:  # Any: the caller's annotation says of what
-        future: asyncio.Future[Any] = self._loop.create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # an unread failure is no news
-        return future
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -266,7 +245,7 @@ class Server:
 
     def _transmit(self, peer: Peer, order: int, body: codec.Body) -> None:
         envelope = codec.Envelope(self.epoch, order, peer.link.received, self._loop.time())
-        if not self._port.send(peer.route, [envelope.encode(), *body]) and peer.gone is None:
+        if not self._port.send(peer.route, envelope.around(body)) and peer.gone is None:
             peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
 
     def _lose_gone(self, peer: Peer) -> None:
@@ -279,53 +258,53 @@ class Server:
     def _refuse(self, route: bytes, version: int, reason: str) -> None:
         """In words that a worker of that version can read: its envelope, and `Refuse`, are the same in all of them."""
         envelope = codec.Envelope(epoch=0, version=version)
-        self._port.send(route, [envelope.encode(), *codec.encode_body(Refuse(reason=reason))])
+        self._port.send(route, codec.encode(Refuse(reason=reason), envelope))
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
     def _dropped(self, reason: str) -> None:
         self._drops.note(reason, self._loop.time())
 
-    def _received(self, route: bytes, frames: codec.Body, sender: Holder | None) -> None:
-        peer = self._roster.by_route.get(route)
+    def _received(self, route: bytes, frames: list[codec.Frame], sender: Holder | None) -> None:
+        peer = self.roster.by_route.get(route)
         if sender is not None and (sender.role is Role.NOBODY or (peer is not None and peer.holder != sender)):
             self._dropped(f"one by a key that is not allowed any more ({sender.key})")
             if peer is not None:
-                self._lose_revoked(peer)
+                self._lose(peer, _REVOKED)
             return
         try:
             self._take(route, peer, frames, sender)
         except ProtocolError as error:
             self._dropped(str(error))
-            peer = self._roster.by_route.get(route)
+            peer = self.roster.by_route.get(route)
             if peer is not None:
                 self._lose(peer, f"sent what cannot be read ({error})")
 
-    def _take(self, route: bytes, peer: Peer | None, frames: codec.Body, sender: Holder | None) -> None:
-        envelope = codec.Envelope.decode(frames)
+    def _take(self, route: bytes, peer: Peer | None, frames: list[codec.Frame], sender: Holder | None) -> None:
+        envelope, body = codec.opened(frames)
         if envelope.version != PROTOCOL_VERSION:
             reason = f"the worker speaks protocol {envelope.version}, the master {PROTOCOL_VERSION}: install the same"
-            self._drops.note(reason, self._loop.time())
+            self._dropped(reason)
             self._refuse(route, envelope.version, reason)
             return
         if peer is None and sum(map(len, frames)) > _STRANGER_BYTES:
             raise ProtocolError(f"a first message of {sum(map(len, frames))} bytes")
         if envelope.order == 0:
-            self._receive(route, peer, codec.decode_body(frames[1:]), sender)
+            self._receive(route, peer, codec.decode_body(body), sender)
         if peer is None or envelope.epoch != self.epoch:
             if envelope.order > 0:
                 who = "someone who is not registered" if peer is None else str(peer)
-                self._drops.note(f"{who} sent one of epoch {envelope.epoch}", self._loop.time())
+                self._dropped(f"{who} sent one of epoch {envelope.epoch}")
             return
         peer.link.acknowledge(envelope.received)
         self._arrived.set()
         if envelope.order > 0:
-            for body in peer.link.accept(envelope.order, frames[1:]):
-                self._receive(route, peer, codec.decode_body(body), sender)
+            for delivered in peer.link.accept(envelope.order, body):
+                self._receive(route, peer, codec.decode_body(delivered), sender)
         self._flush(peer)
 
     def _receive(self, route: bytes, peer: Peer | None, message: Message, sender: Holder | None) -> None:
-        objection = self._roster.objection(sender, message)
+        objection = self.roster.objection(sender, message)
         if objection is not None:
             self._dropped(objection)
             self._refuse(route, PROTOCOL_VERSION, objection)
@@ -335,7 +314,7 @@ class Server:
             envelope = codec.Envelope(epoch=self.epoch)
             self._port.send(route, codec.encode(self.on_inquiry(message), envelope))
         elif peer is None:
-            self._drops.note(f"a {message.type} from someone who is not registered", self._loop.time())
+            self._dropped(f"a {message.type} from someone who is not registered")
         else:
             peer.heard(self._loop.time())
             match message:
@@ -344,15 +323,13 @@ class Server:
                 case Heartbeat():
                     peer.executing = message.executing
                 case _:
-                    self._drops.note(f"a {message.type} from {peer}, which is not for it to send", self._loop.time())
+                    self._dropped(f"a {message.type} from {peer}, which is not for it to send")
 
     def _register(self, route: bytes, register: Register, sender: Holder | None) -> None:
-        peer = self._roster.peers.get(register.incarnation)
+        peer = self.roster.peers.get(register.incarnation)
         if peer is not None:  # it has not heard its welcome, or its connection is a new one
-            if peer.gone is not None:
-                peer.gone.cancel()
-                peer.gone = None
-            self._roster.reroute(peer, route)
+            peer.stop_waiting()
+            self.roster.reroute(peer, route)
             if peer.welcome is not None:
                 is_new = (register.run, register.epoch) != (self.run, self.epoch)
                 self._say(peer, peer.welcome if is_new else Ping())  # it begins nothing until it hears us
@@ -360,13 +337,13 @@ class Server:
             self._flush(peer)
             return
         peer = Peer(route, register, self._loop.time(), holder=sender)
-        refusal = self._roster.admit(peer)
+        refusal = self.roster.admit(peer)
         if refusal is not None:
-            self._drops.note(f"{peer} was refused: {refusal}", self._loop.time())
+            self._dropped(f"{peer} was refused: {refusal}")
             self._refuse(route, PROTOCOL_VERSION, refusal)
             return
         logger.info("%s registered: %s", peer, peer.describe())
-        if self._roster.is_complete:
+        if self.roster.is_complete:
             self._all_registered.set()
 
     def _cancel(self, peer: Peer, identity: int) -> None:
@@ -380,23 +357,33 @@ class Server:
         self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
         self._port.drain()  # after a stall, signs of life lie unread
         self.probe()
-        for peer in list(self._roster.peers.values()):
+        for peer in list(self.roster.peers.values()):
             self._flush(peer)
             peer.check_heartbeats(self._loop.time())
             if peer.holder is not None and not self._port.is_allowed(peer.holder):
-                self._lose_revoked(peer)
-
-    def _lose_revoked(self, peer: Peer) -> None:
-        self._lose(peer, "had its key revoked")
+                self._lose(peer, _REVOKED)
 
     def _lose(self, peer: Peer, cause: str) -> None:
-        if not self._roster.expel(peer):
+        if not self.roster.expel(peer):
             return
-        if peer.gone is not None:
-            peer.gone.cancel()
+        peer.stop_waiting()
         peer.lost = peer.obituary(cause, self._loop.time(), self._log_directory)
         logger.error("%s", peer.lost)
         peer.drop(peer.lost)
         self._refuse(peer.route, PROTOCOL_VERSION, "it was given up as lost")  # if it can hear
         if not self.lost.done():
             self.lost.set_exception(peer.lost)
+
+
+def _quiet(loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:  # Any: the caller's annotation says of what
+    future: asyncio.Future[Any] = loop.create_future()
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # an unread failure is no news
+    return future
+
+
+def _too_few(roster: Roster, address: str, deadline_s: float, dropped: str | None) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"only {len(roster.peers)} of {roster.num_workers} workers registered at {address} within {deadline_s:g} s "
+        f"(run.deadlines.register_s). Start the missing ones with `trainmaster worker FILE --master {address}`, or "
+        "look into their logs" + (f". A message was dropped: {dropped}" if dropped is not None else "")
+    )

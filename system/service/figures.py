@@ -7,19 +7,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pydantic import Field
 
 from ...api.record import record
-from ..rpc.messages import Lane, RunStatus
+from ..rpc.messages import Lane, RunStatus, WorkerState
 from .health import Health, Kind, Metric, Sample
 from .lifecycle import State
 
 _READY = (State.READY, State.RUNNING, State.PAUSED)
 _UNWELL = (State.FAILED, State.LOST)
-_WORKER_STATES = ("idle", "busy", "unresponsive")
 _SECONDS = "seconds/"
 _Labelled = Iterable[tuple[float, dict[str, str]]]
 """Values of a metric, with their labels."""
 
 
-def health_of(status: RunStatus, num_tokens: int | None = None, num_waiting: Mapping[int, int] | None = None) -> Health:
+def health_of(
+    status: RunStatus,
+    num_tokens: int | None = None,
+    num_waiting: Mapping[int, int] | None = None,
+    num_refused: int | None = None,
+) -> Health:
     """A master's health. That a worker hangs, or is missing, does not make its master unwell: see the metrics."""
     reason = "" if status.state == State.RUNNING else f"{status.state} for {status.state_s:.0f} s"
     if status.state == State.STARTING:
@@ -28,17 +32,20 @@ def health_of(status: RunStatus, num_tokens: int | None = None, num_waiting: Map
         is_well=status.state not in _UNWELL,
         is_ready=status.state in _READY,
         reason=reason,
-        metrics=metrics_of(status, num_tokens, num_waiting),
+        metrics=metrics_of(status, num_tokens, num_waiting, num_refused),
     )
 
 
 def metrics_of(
-    status: RunStatus, num_tokens: int | None = None, num_waiting: Mapping[int, int] | None = None
+    status: RunStatus,
+    num_tokens: int | None = None,
+    num_waiting: Mapping[int, int] | None = None,
+    num_refused: int | None = None,
 ) -> tuple[Metric, ...]:
     """A master's figures. Pure.
 
-    `num_tokens` counts all tokens of finished steps, `num_waiting` requests that wait for replies, by rank: a status
-    does not say them, and without them their metrics are left out.
+    `num_tokens` counts all tokens of finished steps, `num_waiting` requests that wait for replies, by rank,
+    `num_refused` connections of strangers: a status does not say them, and without them their metrics are left out.
     """
     run = {"run": status.run}
     states = ((status.state == state, run | {"state": str(state)}) for state in State if state is not State.LOST)
@@ -64,6 +71,9 @@ def metrics_of(
     ]
     if num_tokens is not None:
         figures.append(_metric("tokens_total", "Tokens of finished steps.", [(num_tokens, run)], Kind.COUNTER))
+    if num_refused is not None:
+        text = "Connections of strangers, which were not let in; 0 where there are no keys."
+        figures.append(_metric("connections_refused_total", text, [(num_refused, run)], Kind.COUNTER))
     return tuple(figures)
 
 
@@ -76,7 +86,7 @@ def _worker_metrics(status: RunStatus, run: dict[str, str], num_waiting: Mapping
     yield _metric(
         "worker_state",
         "1 for the state that the worker is in, as its master knows it.",
-        ((worker.state == state, own | {"state": state}) for worker, own in labelled for state in _WORKER_STATES),
+        ((worker.state == state, own | {"state": str(state)}) for worker, own in labelled for state in WorkerState),
     )
     heard = ((worker.heard_s, own) for worker, own in labelled)
     yield _metric("worker_heard_seconds", "Since the master heard of the worker.", heard)

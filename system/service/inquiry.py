@@ -11,62 +11,58 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ...api.errors import ConfigError, ProtocolError, RunError
 from ..rpc import codec
+from ..rpc.dealer import HANDSHAKE_FAILED, dealer_to, suspicion
 from ..rpc.messages import Inquire, Message, Order, Refuse, RunStatus
 from .keys import DIRECTORY, ClientKeys, has_keys, load_operator_keys
-from .lifecycle import read_entry
+from .lifecycle import Entry, read_entry
 
 ANSWER_S = 3.0
 """For an answer. A master answers within milliseconds, whatever its workers do."""
 _MAX_BROKEN_OFF = 3
 """Handshakes that the master breaks off, after which it is no accident."""
-_FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
-def address_of(run: str, directory: Path) -> str:
-    """Of a run by its address, its directory, or its name in `directory`. Raises `ConfigError` if none is there."""
-    if "://" in run:
-        return run
+def find_run(run: str, directory: Path) -> tuple[Path, Entry]:
+    """A run by its directory, or its name in `directory`. Raises `ConfigError` if there is none."""
     for path in (Path(run), directory / run):
         entry = read_entry(path)
         if entry is not None:
-            if entry.state.is_final:
-                raise ConfigError("RUN", run, f"it is {entry.state}", f"look into {path / 'logs'}")
-            return entry.address
+            return path, entry
     raise ConfigError(
         "RUN", run, f"no run by that name is in {directory}", "give its directory or address, or see `trainmaster ps`"
     )
 
 
-def keys_of(run: str, directory: Path, given: Path | None) -> ClientKeys | None:
-    """The operator's key to a run: the one that is given, or the one in the run's directory if there are keys.
+def way_to(run: str, directory: Path, given: Path | None = None) -> tuple[str, ClientKeys | None]:
+    """The address of a run's master, and the operator's key to it: the one given, or the one in the run's directory.
 
-    Raises `ConfigError` if it cannot be used.
+    The run may be named by its address too. Raises `ConfigError` if it is not there, has ended, or for an unusable key.
     """
-    if given is not None:
-        return load_operator_keys(given)
-    if "://" not in run:
-        for path in (Path(run), directory / run):
-            if read_entry(path) is not None:
-                return load_operator_keys(path / DIRECTORY) if has_keys(path / DIRECTORY) else None
-    return None
+    keys = None if given is None else load_operator_keys(given)
+    if "://" in run:
+        return run, keys
+    path, entry = find_run(run, directory)
+    if entry.state.is_final:
+        raise ConfigError("RUN", run, f"it is {entry.state}", f"look into {path / 'logs'}")
+    if keys is None and has_keys(path / DIRECTORY):
+        keys = load_operator_keys(path / DIRECTORY)
+    return entry.address, keys
 
 
 def ask(address: str, order: Order, answer_s: float = ANSWER_S, keys: ClientKeys | None = None) -> RunStatus:
     """Raises `RunError` if there is no answer in time, `ConfigError` for a refusal or for the wrong keys."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.setsockopt(zmq.LINGER, 0)
-        dealer.setsockopt(zmq.IPV6, "[" in address)
-        dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_BODY_BYTES)
-        if keys is not None:
-            keys.secure(dealer)
-        with dealer.get_monitor_socket(_FAILED) as failures:
-            try:
-                dealer.connect(address)
-                with contextlib.suppress(zmq.Again):  # the handshake may have failed already: nobody to send to
-                    codec.send(dealer, codec.encode(Inquire(order=order), codec.Envelope(epoch=0)))
-                answer = _answer(address, dealer, failures, answer_s, keys)
-            finally:
-                dealer.disable_monitor()
+    with (
+        zmq.Context() as context,
+        dealer_to(address, context, keys, linger_ms=0) as dealer,
+        dealer.get_monitor_socket(HANDSHAKE_FAILED) as failures,
+    ):
+        try:
+            dealer.connect(address)
+            with contextlib.suppress(zmq.Again):  # the handshake may have failed already: nobody to send to
+                codec.send(dealer, codec.encode(Inquire(order=order), codec.Envelope(epoch=0)))
+            answer = _answer(address, dealer, failures, answer_s, keys)
+        finally:
+            dealer.disable_monitor()
     match answer:
         case RunStatus():
             return answer
@@ -103,9 +99,6 @@ def _answer(
 
 
 def _broken_off(address: str, keys: ClientKeys | None) -> ConfigError:
-    rule = f"the master at {address} breaks off every handshake: "
-    if keys is None:
-        cure = "give the operator's, --keys RUN/keys/operator.key"
-        return ConfigError("--keys", None, rule + "it likely asks for keys", cure)
-    rule += "this key is likely of another run, or that master has no keys"
-    return ConfigError("--keys", str(keys.file), rule, "copy operator.key from the run's keys again")
+    value = None if keys is None else str(keys.file)
+    rule = f"the master at {address} breaks off every handshake: {suspicion(keys)}"
+    return ConfigError("--keys", value, rule, "give the run's own, --keys RUN/keys/operator.key")

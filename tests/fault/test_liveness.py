@@ -9,10 +9,9 @@ import os
 import re
 import signal
 import time
-from datetime import datetime
 
 import pytest
-from workbench import Workbench
+from workbench import Workbench, logged_s, wait_for_step
 
 SETUP_S, CALL_S, SILENCE_S = 12, 3, 5
 DEADLINES = ("--run.deadlines.setup_s", str(SETUP_S), "--run.deadlines.call_s", str(CALL_S))
@@ -32,9 +31,9 @@ def detection_s(workbench: Workbench) -> float:
         for path in logs.glob("worker-process-*.out")
         for found in re.finditer(r"^failpoint \S+ reached at ([\d.]+)", path.read_text(), re.MULTILINE)
     ]
-    line = next(line for line in (logs / "master.log").read_text().splitlines() if " ERROR " in line)
-    seen = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
-    return seen.timestamp() - fault_s
+    seen_s = logged_s(logs / "master.log", " ERROR ")
+    assert seen_s is not None, "the master logged no error"
+    return seen_s - fault_s
 
 
 def cases() -> list[object]:
@@ -101,10 +100,7 @@ def test_a_worker_that_holds_its_interpreter_for_ten_seconds_is_slow_not_dead(wo
 @pytest.mark.fault
 def test_workers_of_a_stopped_master_end(workbench: Workbench) -> None:
     process = workbench.start("run", str(workbench.file), *LAYOUT[:2], "--run.steps", "100000")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            break
+    wait_for_step(process, 3)
     (master,) = workbench.pids_of("master")
     os.kill(master, signal.SIGSTOP)
     start_s = time.monotonic()

@@ -10,20 +10,19 @@ import contextlib
 import json
 import math
 import re
-import socket
 import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar  # Any: what a diary's lines hold
 
 import pytest
 from namespaces import Host, hosts_on_a_switch, start_python, what_is_missing
 from trainmaster.system.rpc.client import EXIT_MASTER_LOST, EXIT_RUN_FAILED
-from workbench import Workbench
+from wire import free_address
+from workbench import Workbench, logged_s, wait_for_step
 
 PORT = 5555
 SILENCE_S = 5.0
@@ -156,12 +155,6 @@ def wait_for(what: Callable[[], T | None], deadline_s: float) -> T:
     return found
 
 
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -175,13 +168,7 @@ class Run:
     logs: Path
 
     def logged_s(self, service: str, pattern: str) -> float | None:
-        """When a service's log first said this, on the wall clock."""
-        path = self.logs / f"{service}.log"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            if re.search(pattern, line):
-                stamp = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
-                return stamp.timestamp()
-        return None
+        return logged_s(self.logs / f"{service}.log", pattern)
 
 
 def start_run(workbench: Workbench, hosts: tuple[Host, Host], *overrides: str) -> Run:
@@ -192,8 +179,7 @@ def start_run(workbench: Workbench, hosts: tuple[Host, Host], *overrides: str) -
     nearby, remote = [
         start_python(workbench, host, "-m", "trainmaster", "worker", file, "--master", address) for host in hosts
     ]
-    assert master.stdout is not None
-    assert any(line.startswith("step 3/") for line in master.stdout), master.communicate()
+    wait_for_step(master, 3)
     return Run(master, nearby, remote, workbench.folder / "runs" / "test" / "logs")
 
 
@@ -237,8 +223,7 @@ def test_a_host_that_vanishes_is_known_within_the_silence(hosts: tuple[Host, Hos
 @pytest.mark.parametrize("how", ["silence", "closed"])
 def test_a_run_goes_on_after_an_interruption(hosts: tuple[Host, Host], workbench: Workbench, how: str) -> None:
     steps = ("--run.steps", "150")
-    done = workbench.run("--run.name", "undisturbed", *PIPELINE, *steps)
-    assert done.returncode == 0, done.stderr
+    workbench.run_undisturbed(*PIPELINE, *steps)
     run = start_run(workbench, hosts, *steps)
     interrupt(hosts[1], how)
     num_steps, start_s = len(workbench.series("train/loss")), time.monotonic()
@@ -449,8 +434,7 @@ def test_waiting_workers_outlive_a_second_master_that_is_refused(workbench: Work
 @pytest.mark.fault
 def test_waiting_workers_do_not_serve_the_master_of_another_run(workbench: Workbench) -> None:
     """They end, and its own workers train as if nothing had been."""
-    done = workbench.run("--run.name", "undisturbed", *PIPELINE)
-    assert done.returncode == 0, done.stderr
+    workbench.run_undisturbed(*PIPELINE)
     address = free_address()
     master, workers = start_local_run(
         workbench, address, "--run.deadlines.orphan_s", "30", "--optimizer.learning_rate", "0.03"
@@ -476,8 +460,7 @@ def start_local_run(workbench: Workbench, address: str, *overrides: str) -> tupl
     file = str(workbench.file)
     master = workbench.start("master", file, "--bind", address, *PIPELINE, *ENDLESS, *overrides)
     workers = [workbench.start("worker", file, "--master", address) for _ in range(2)]
-    assert master.stdout is not None
-    assert any(line.startswith("step 3/") for line in master.stdout), master.communicate()
+    wait_for_step(master, 3)
     return master, workers
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from proxy import Proxy
+from wire import free_address
 from workbench import Workbench
 
 LAYOUT = ("--model.layout.pp", "2", "--run.steps", "6", "--run.evaluate_every", "2")
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.mark.fault

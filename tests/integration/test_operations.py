@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from typing import Any  # what JSON holds
 
 from workbench import Workbench
@@ -43,11 +45,16 @@ def until(workbench: Workbench, state: str, step: int = 0) -> dict[str, Any]:
 def test_a_run_is_started_seen_paused_and_stopped(workbench: Workbench) -> None:
     done = workbench.run("--run.name", "undisturbed", *LAYOUT, "--run.steps", "40")
     assert done.returncode == 0, done.stderr
-    starter = workbench.start("run", str(workbench.file), *LAYOUT, "--run.steps", "100000", "--detach")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ("--detach", "--health-host", "127.0.0.1", "--health-port", str(port))
+    starter = workbench.start("run", str(workbench.file), *LAYOUT, "--run.steps", "100000", *flags)
     out, err = starter.communicate(timeout=60)
     assert starter.returncode == 0, err
     assert "test runs as process" in out
     until(workbench, "running", step=3)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
+        assert answer.read() == b"ok\n"
     assert "test: pauses after the step" in call(workbench, "pause", "test").stdout
     paused = until(workbench, "paused")
     assert [worker["state"] for worker in paused["workers"]] == ["idle", "idle"]

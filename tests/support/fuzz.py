@@ -6,6 +6,7 @@ import dataclasses
 import random
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +51,12 @@ from trainmaster.system.rpc.messages import (
     Message,
     Ping,
     Refuse,
-    Register,
     Reply,
     Request,
     Shutdown,
     Success,
-    Welcome,
 )
+from wire import register, welcome
 
 SAMPLES = Samples(ids=("a", "b"), keys={"tokens": KeyColumn(dtype="int64", lengths=(3, 4), trailing=(2,))})
 REDISTRIBUTE = Redistribute(tag=1, sends=(Parcel(peer=1, samples=SAMPLES),))
@@ -90,7 +90,10 @@ RESULTS = (
         examples=(Example(id="a", prompt="p", response="r", reward=None),),
     ),
 )
-_ENVELOPE = struct.Struct(">8sHQQQ")
+HTTP_REQUESTS = {
+    "short": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "long": b"GET /metrics HTTP/1.1\r\nHost: localhost:5555\r\nUser-Agent: curl/8.5.0\r\nAccept: */*\r\n\r\n" * 4,
+}
 _BAD_PARTS = (
     b"\xc1",
     b"\xdd\xff\xff\xff\xff",
@@ -139,37 +142,16 @@ def corpus(run: str, epoch: int, digest: str, ids: range) -> list[Message]:
         for identity in ids
         for outcome in outcomes
     ]
-    register = Register(
-        run=run,
-        epoch=epoch,
-        host="here",
-        pid=7,
-        incarnation="i",
-        address="127.0.0.1",
-        devices=("cuda:0",),
-        versions={"python": "3.11"},
-        code_digest=digest,
-    )
-    welcome = Welcome(
-        run=run,
-        epoch=epoch,
-        rank=0,
-        num_workers=1,
-        num_local_workers=1,
-        overrides=("--run.steps", "1"),
-        experiment_digest="d",
-        log_directory="logs",
-        orphan_s=60.0,
-        silence_s=5.0,
-    )
+    registration = register(devices=("cuda:0",), versions={"python": "3.11"}, code_digest=digest)
+    told = {"overrides": ("--run.steps", "1"), "experiment_digest": "d", "log_directory": "logs", "orphan_s": 60.0}
     return [
         *requests,
         *replies,
         *(Cancel(run=run, epoch=epoch, id=identity) for identity in ids),
         *(Heartbeat(run=run, epoch=epoch, executing=(Executing(id=identity, seconds=1.0),)) for identity in ids),
-        register,
-        dataclasses.replace(register, run="", epoch=0),
-        welcome,
+        dataclasses.replace(registration, run=run, epoch=epoch),
+        registration,
+        welcome(run=run, epoch=epoch, **told),
         Refuse(reason="no"),
         Ping(),
         Shutdown(is_done=True, reason="the run is over"),
@@ -202,7 +184,7 @@ class Fuzzer:
         ]
 
     def message(self) -> list[bytes]:
-        """All frames, at least one."""
+        """All frames, at least one. The envelope and the message, one frame, are changed as if they were two."""
         draw = self._draw
         order = draw.choice((0, 0, 1, 2, 300, 2**40, 2**64 - 1))
         frames = [self._envelope(epoch=self._epoch, order=order), *draw.choice(self._bodies)]
@@ -210,10 +192,11 @@ class Fuzzer:
             mutation = draw.choice(self._mutations)
             mutation(frames)
             self.counts[mutation.__name__.strip("_")] += 1
-        return frames
+        return [b"".join(frames[:2]), *frames[2:]]
 
     def _envelope(self, epoch: int, order: int, received: int = 0, version: int = codec.PROTOCOL_VERSION) -> bytes:
-        return _ENVELOPE.pack(b"TRAINMST", version, epoch, order, received)
+        (frame,) = codec.Envelope(epoch, order, received, sent_s=time.monotonic(), version=version).around([b""])
+        return bytes(frame)
 
     def _other_envelope(self, frames: list[bytes]) -> None:
         draw = self._draw
@@ -285,10 +268,36 @@ def rss_bytes(pid: int, what: str = "VmRSS") -> int:
     return 1024 * int(line.split()[1])
 
 
-def shaken_hands(address: str) -> socket.socket:
-    """A plain TCP connection on which ZeroMQ's greeting and READY (ZMTP 3.1, NULL, a DEALER) have passed."""
+def mebibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def plain_connection(address: str, text: bytes = b"") -> socket.socket:
+    """A TCP connection over which this has been sent."""
     host, port = address.removeprefix("tcp://").rsplit(":", 1)
     connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(text)
+    return connection
+
+
+def closed_after_s(connection: socket.socket, deadline_s: float) -> float | None:
+    """How long until the other end closes; None if it does not in time."""
+    start_s = time.monotonic()
+    while (left_s := start_s + deadline_s - time.monotonic()) > 0:
+        connection.settimeout(left_s)
+        try:
+            if not connection.recv(4096):
+                return time.monotonic() - start_s
+        except TimeoutError:
+            return None
+        except ConnectionError:
+            return time.monotonic() - start_s
+    return None
+
+
+def shaken_hands(address: str) -> socket.socket:
+    """A plain TCP connection on which ZeroMQ's greeting and READY (ZMTP 3.1, NULL, a DEALER) have passed."""
+    connection = plain_connection(address)
     connection.sendall(b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32))
     _receive_exactly(connection, 64)
     ready = b"\x05READY" + b"\x0bSocket-Type" + struct.pack(">I", 6) + b"DEALER"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 import uuid
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 CHARACTERS = "0123456789+="
@@ -101,6 +103,11 @@ class Workbench:
         out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
+    def run_undisturbed(self, *overrides: str) -> None:
+        """The run as it is without a fault, under the name `undisturbed`: see `series`."""
+        done = self.run("--run.name", "undisturbed", *overrides)
+        assert done.returncode == 0, done.stderr
+
     def metrics(self, name: str = "test") -> list[dict[str, float]]:
         lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
@@ -131,6 +138,21 @@ class Workbench:
         while (left := self.survivors()) and time.monotonic() < end_s:
             time.sleep(0.05)
         return left
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    """Reads what a master says until it has taken this one."""
+    assert process.stdout is not None
+    assert any(line.startswith(f"step {step}/") for line in process.stdout), process.communicate()
+
+
+def logged_s(log: Path, pattern: str) -> float | None:
+    """When this was first said in a service's log, on the wall clock; None if it was not."""
+    for line in log.read_text().splitlines() if log.exists() else ():
+        if re.search(pattern, line):
+            stamp = datetime.strptime(" ".join(line.split()[:2]), "%Y-%m-%d %H:%M:%S,%f")
+            return stamp.timestamp()
+    return None
 
 
 def _is_zombie(entry: Path) -> bool:

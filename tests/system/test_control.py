@@ -8,7 +8,8 @@ from trainmaster.system.control import Control
 from trainmaster.system.rpc.messages import Inquire, Order, RunStatus
 from trainmaster.system.rpc.server import Server
 from trainmaster.system.service.claims import claim
-from trainmaster.system.service.inquiry import address_of, ask
+from trainmaster.system.service.health import Latest
+from trainmaster.system.service.inquiry import ask, way_to
 from trainmaster.system.service.lifecycle import Life, State
 
 ended: list[str] = []
@@ -70,8 +71,23 @@ def test_a_status_over_the_wire(tmp_path: Path):
         assert (found.run, found.state, found.step, found.num_workers, found.workers) == ("first", "running", 3, 2, ())
         assert found.values["seconds/step"] == 0.5
         assert str(found.values["train/loss"]) == "nan"
-        assert address_of(str(tmp_path), Path("runs")) == address
-        assert address_of(tmp_path.name, tmp_path.parent) == address
+        assert way_to(str(tmp_path), Path("runs")) == (address, None)
+        assert way_to(tmp_path.name, tmp_path.parent) == (address, None)
+        assert way_to(address, Path("runs")) == (address, None)
+
+    with_control(tmp_path, scenario)
+
+
+def test_a_report_has_what_only_the_server_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Server, "num_refused", 3)
+
+    async def scenario(control: Control, _: str) -> None:
+        latest = Latest()
+        reporting = asyncio.create_task(control.report(latest))
+        await asyncio.sleep(0)
+        reporting.cancel()
+        found = {metric.name: [sample.value for sample in metric.samples] for metric in latest().metrics}
+        assert found["trainmaster_connections_refused_total"] == [3]
 
     with_control(tmp_path, scenario)
 
@@ -80,8 +96,8 @@ def test_who_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(RunError, match=r"no master answered at ipc:.* within 0\.1 s"):
         ask(f"ipc://{tmp_path}/nobody", Order.STATUS, answer_s=0.1)
     with pytest.raises(ConfigError, match=r"RUN = 'first': no run by that name is in .*`trainmaster ps`"):
-        address_of("first", tmp_path)
+        way_to("first", tmp_path)
     (tmp_path / "first").mkdir()
     Life(tmp_path / "first", "first", "")
     with pytest.raises(ConfigError, match=r"RUN = 'first': it is lost\. Look into .*logs"):
-        address_of("first", tmp_path)
+        way_to("first", tmp_path)

@@ -75,6 +75,29 @@ except ValueError:
     assert run(tmp_path, body) == (0, "over\n", "")
 
 
+def test_blocks_of_many_threads_leave_the_timer_off(tmp_path: Path):
+    body = """
+import random, signal
+def works(seed):
+    draw = random.Random(seed)
+    for _ in range(500):
+        with alarm.within(draw.uniform(10.0, 60.0)), alarm.within(draw.uniform(10.0, 60.0)):
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+threads = [threading.Thread(target=works, args=(seed,)) for seed in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)"""
+    assert run(tmp_path, body) == (0, "over\n", "")
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 1e-12])
+def test_a_deadline_that_has_passed_ends_it_at_once(tmp_path: Path, seconds: float):
+    code, _, stacks = run(tmp_path, f"with alarm.within({seconds}):\n    time.sleep(1)")
+    assert (code, bool(stacks)) == (-signal.SIGALRM, True)
+
+
 def test_the_earliest_of_several_counts(tmp_path: Path):
     inner_ends_it = "with alarm.within(60.0):\n    with alarm.within(0.1):\n        time.sleep(1)"
     outer_ends_it = "with alarm.within(0.2):\n    with alarm.within(60.0):\n        time.sleep(1)"

@@ -20,9 +20,8 @@ from trainmaster.system.rpc.messages import (
     Request,
     Shutdown,
     Success,
-    Welcome,
 )
-from wire import Wire
+from wire import EPOCH, RUN, Wire, welcome
 
 SCRIPT = """
 import sys, threading
@@ -57,7 +56,7 @@ while behaviour == "transfer first" and client.next_request(Lane.COMPUTE) is not
 client.close()
 print("over")
 """
-RUN, EPOCH = "first", 3
+WELCOME = welcome(orphan_s=0.1)
 
 
 class Master:
@@ -121,28 +120,13 @@ def master(tmp_path: Path) -> Iterator[Master]:
     made.context.destroy(linger=0)
 
 
-def welcome() -> Welcome:
-    return Welcome(
-        run=RUN,
-        epoch=EPOCH,
-        rank=0,
-        num_workers=1,
-        num_local_workers=1,
-        overrides=(),
-        experiment_digest="",
-        log_directory="",
-        orphan_s=0.1,
-        silence_s=5.0,
-    )
-
-
 def request(identity: int, lane: Lane = Lane.COMPUTE, run: str = RUN, epoch: int = EPOCH) -> Request:
     return Request(run=run, epoch=epoch, id=identity, lane=lane, deadline_s=60.0, submitted_s=0.0, command=HostStore())
 
 
 def test_a_life_from_welcome_to_shutdown(master: Master):
     master.start()
-    master.send(welcome())
+    master.send(WELCOME)
     master.send(Ping())
     master.send(request(4))
     assert master.reply() == Reply(run=RUN, epoch=EPOCH, id=4, outcome=Success(result=Done()), seconds={})
@@ -152,7 +136,7 @@ def test_a_life_from_welcome_to_shutdown(master: Master):
 
 def test_requests_of_other_lives_garbage_and_foreign_messages_are_dropped(master: Master):
     master.start()
-    master.send(welcome())
+    master.send(WELCOME)
     master.send(request(1, epoch=EPOCH - 1))
     master.send(request(2, run="other"))
     master.router.send_multipart([master.route, b"garbage"])
@@ -163,7 +147,7 @@ def test_requests_of_other_lives_garbage_and_foreign_messages_are_dropped(master
 
 def test_lanes_are_queues_of_their_own(master: Master):
     master.start("transfer first")
-    master.send(welcome())
+    master.send(WELCOME)
     master.send(request(1, Lane.COMPUTE))
     master.send(request(2, Lane.TRANSFER))
     assert [master.reply().id, master.reply().id] == [2, 1]
@@ -171,14 +155,14 @@ def test_lanes_are_queues_of_their_own(master: Master):
 
 def test_heartbeats_go_on_while_the_process_computes(master: Master):
     master.start("busy")
-    master.send(welcome())
+    master.send(WELCOME)
     for _ in range(3):
         assert isinstance(master.receive(), Heartbeat)
 
 
 def test_a_busy_worker_leaves_after_a_shutdown(master: Master):
     master.start("busy")
-    master.send(welcome())
+    master.send(WELCOME)
     assert isinstance(master.receive(), Heartbeat)
     master.send(Shutdown(is_done=True, reason="the run is over"))
     assert master.ended()[:2] == (0, "")
@@ -186,7 +170,7 @@ def test_a_busy_worker_leaves_after_a_shutdown(master: Master):
 
 def test_a_busy_worker_of_a_failed_run_says_so_by_its_exit_code(master: Master):
     master.start("busy")
-    master.send(welcome())
+    master.send(WELCOME)
     assert isinstance(master.receive(), Heartbeat)
     master.send(Shutdown(is_done=False, reason="another worker was lost"))
     assert master.ended()[0] == 4
@@ -195,7 +179,7 @@ def test_a_busy_worker_of_a_failed_run_says_so_by_its_exit_code(master: Master):
 def test_a_worker_registers_again_with_a_master_that_came_back(master: Master):
     master.start()
     master.restart()
-    master.send(welcome())
+    master.send(WELCOME)
     master.send(request(1))
     assert master.reply().id == 1
     master.send(Shutdown(is_done=True, reason="the run is over"))
@@ -225,7 +209,7 @@ def test_a_master_that_does_not_answer_is_named(master: Master):
 
 def test_a_lost_master_ends_the_process(master: Master):
     master.start("busy")
-    master.send(welcome())
+    master.send(WELCOME)
     assert isinstance(master.receive(), Heartbeat)
     master.router.close(linger=0)
     code, _, err = master.ended()
@@ -235,9 +219,9 @@ def test_a_lost_master_ends_the_process(master: Master):
 
 def test_a_late_welcome_of_an_older_epoch_changes_nothing(master: Master):
     master.start()
-    master.send(welcome())
-    master.send(replace(welcome(), epoch=EPOCH - 1), linked=False)
-    master.send(replace(welcome(), run="other", epoch=EPOCH + 1), linked=False)
+    master.send(WELCOME)
+    master.send(replace(WELCOME, epoch=EPOCH - 1), linked=False)
+    master.send(replace(WELCOME, run="other", epoch=EPOCH + 1), linked=False)
     master.send(request(1))
     assert master.reply().id == 1
 
@@ -245,7 +229,7 @@ def test_a_late_welcome_of_an_older_epoch_changes_nothing(master: Master):
 def test_what_expired_on_its_way_is_not_begun(master: Master):
     """This master's envelopes say that its clock stands at 0."""
     master.start()
-    master.send(welcome())
+    master.send(WELCOME)
     master.send(Ping())
     master.send(replace(request(1), submitted_s=-61.0))
     master.send(replace(request(2), submitted_s=-50.0))

@@ -14,8 +14,8 @@ import pytest
 import zmq
 import zmq.asyncio
 from trainmaster.api.errors import ConfigError, RunError, WorkerLost
-from trainmaster.system.rpc import codec, zap
 from trainmaster.system.rpc import server as server_module
+from trainmaster.system.rpc import zap
 from trainmaster.system.rpc.commands import Done, HostStore
 from trainmaster.system.rpc.messages import (
     Heartbeat,
@@ -32,7 +32,8 @@ from trainmaster.system.rpc.messages import (
     Welcome,
 )
 from trainmaster.system.rpc.server import Server
-from trainmaster.system.service.inquiry import ask, keys_of
+from trainmaster.system.service.claims import claim
+from trainmaster.system.service.inquiry import ask, way_to
 from trainmaster.system.service.keys import (
     ClientKeys,
     load_master_keys,
@@ -42,7 +43,7 @@ from trainmaster.system.service.keys import (
     revoke,
 )
 from trainmaster.system.service.lifecycle import Life
-from wire import Wire
+from wire import Wire, head, welcome
 
 RUN, EPOCH, DIGEST = "first", 3, "digest"
 NOT_HEARD_S = 0.3
@@ -117,21 +118,6 @@ class Caller:
 
 def register(incarnation: str = "i", pid: int = 7) -> Register:
     return Register(host="here", pid=pid, incarnation=incarnation, address="127.0.0.1", versions={}, code_digest=DIGEST)
-
-
-def welcome(rank: int) -> Welcome:
-    return Welcome(
-        run=RUN,
-        epoch=EPOCH,
-        rank=rank,
-        num_workers=1,
-        num_local_workers=1,
-        overrides=(),
-        experiment_digest="",
-        log_directory="",
-        orphan_s=1.0,
-        silence_s=5.0,
-    )
 
 
 Connect = Callable[[ClientKeys | None], Caller]
@@ -456,7 +442,8 @@ def test_a_client_with_keys_of_another_run_is_told_of_the_likely_cause(keys: Pat
         file = tmp_path / "other" / "worker-0.key"
         told = await said(server, file, 0.5)
         assert told.startswith(f"RunError no master answered at {server.address} within 0.5 s")
-        assert f"connections to it ended in the handshake: {file} is likely of another run, or this master runs" in told
+        assert f"connections to it ended in the handshake: {file} is likely of another run, or this" in told
+        assert "has no keys (--keys RUN/keys/worker-N.key)" in told
 
     with_server(keys, tmp_path, scenario)
 
@@ -465,7 +452,7 @@ def test_a_client_without_keys_is_told_that_the_master_asks_for_them(keys: Path,
     async def scenario(server: Server, connect: Connect) -> None:
         told = await said(server, "", 0.5)
         assert told.startswith(f"RunError no master answered at {server.address} within 0.5 s")
-        assert "ended in the handshake: it likely asks for keys, and this worker has none: give it its own" in told
+        assert "ended in the handshake: it likely asks for keys, and none were given (--keys RUN" in told
 
     with_server(keys, tmp_path, scenario)
 
@@ -473,7 +460,7 @@ def test_a_client_without_keys_is_told_that_the_master_asks_for_them(keys: Path,
 def test_a_client_with_keys_does_not_speak_to_a_master_without(keys: Path, tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         told = await said(server, keys / "worker-0.key", 0.5)
-        assert "or this master runs without keys" in told
+        assert "or this master has no keys" in told
         assert server.registered == []
 
     with_server(None, tmp_path, scenario)
@@ -507,9 +494,10 @@ def test_who_inquires_without_the_right_key_is_told_so_at_once(keys: Path, tmp_p
         for own, rule in (
             (
                 None,
-                r"--keys = None: the master at .* breaks off every handshake: it likely asks for keys\. Give the op",
+                r"--keys = None: the master at .* breaks off every handshake: it likely asks for keys, and none were "
+                r"given\. Give the run's own, --keys RUN/keys/operator\.key",
             ),
-            (load_operator_keys(tmp_path / "other"), r"breaks off every handshake: this key is likely of another run"),
+            (load_operator_keys(tmp_path / "other"), r"off every handshake: .*operator\.key is likely of another run"),
             (revoked, r"operator\.key': the master at .* does not accept this key \(operator\)"),
         ):
             with pytest.raises(ConfigError, match=rule):
@@ -520,7 +508,7 @@ def test_who_inquires_without_the_right_key_is_told_so_at_once(keys: Path, tmp_p
 
 def test_to_inquire_with_a_key_at_a_master_without_is_refused(keys: Path, tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
-        with pytest.raises(ConfigError, match=r"this key is likely of another run, or that master has no keys"):
+        with pytest.raises(ConfigError, match=r"operator\.key is likely of another run, or this master has no keys"):
             await asyncio.to_thread(ask, server.address, Order.STATUS, 5.0, load_operator_keys(keys))
         assert await asyncio.to_thread(ask, server.address, Order.STATUS, 5.0) == STATUS
 
@@ -535,15 +523,16 @@ def test_to_inquire_where_nobody_is_takes_as_long_as_it_is_given(tmp_path: Path)
 def test_an_operators_key_is_found_in_the_runs_directory(tmp_path: Path):
     (tmp_path / "plain").mkdir()
     Life(tmp_path / "plain", RUN, "ipc:///nowhere")
-    assert keys_of("plain", tmp_path, None) is None
-    assert keys_of("tcp://127.0.0.1:5555", tmp_path, None) is None
-    make_keys(tmp_path / "plain" / "keys", 1)
-    found = keys_of("plain", tmp_path, None)
-    assert found == load_operator_keys(tmp_path / "plain" / "keys")
-    assert keys_of("tcp://127.0.0.1:5555", tmp_path, tmp_path / "plain" / "keys") == found
-    (tmp_path / "plain" / "keys" / "operator.key").unlink()
-    with pytest.raises(ConfigError, match=r"operator\.key': there is no such file"):
-        keys_of("plain", tmp_path, None)
+    with claim(tmp_path / "plain"):
+        assert way_to("plain", tmp_path) == ("ipc:///nowhere", None)
+        assert way_to("tcp://127.0.0.1:5555", tmp_path) == ("tcp://127.0.0.1:5555", None)
+        make_keys(tmp_path / "plain" / "keys", 1)
+        own = load_operator_keys(tmp_path / "plain" / "keys")
+        assert way_to("plain", tmp_path) == ("ipc:///nowhere", own)
+        assert way_to("tcp://127.0.0.1:5555", tmp_path, tmp_path / "plain" / "keys") == ("tcp://127.0.0.1:5555", own)
+        (tmp_path / "plain" / "keys" / "operator.key").unlink()
+        with pytest.raises(ConfigError, match=r"operator\.key': there is no such file"):
+            way_to("plain", tmp_path)
 
 
 def test_an_address_that_cannot_be_had_leaves_nothing_open(keys: Path):
@@ -554,7 +543,7 @@ def test_an_address_that_cannot_be_had_leaves_nothing_open(keys: Path):
 def test_frames_that_are_too_many_are_dropped_with_keys_too(keys: Path, tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = connect(worker_keys(keys, 0))
-        await worker.socket.send_multipart([codec.Envelope(epoch=EPOCH).encode()] * 200)
+        await worker.socket.send_multipart([head()] * 200)
         await worker.send(register())
         assert len(await server.workers(5)) == 1
 

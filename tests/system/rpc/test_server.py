@@ -45,11 +45,10 @@ from trainmaster.system.rpc.messages import (
 )
 from trainmaster.system.rpc.peer import Answer
 from trainmaster.system.rpc.server import Server
-from wire import Wire
+from wire import DIGEST, EPOCH, RUN, Wire, free_address, head, register, welcome
 
-RUN, EPOCH, DIGEST = "first", 3, "digest"
 ALMOST_NO_TIME_S = 0.02
-OURS = codec.Envelope(epoch=EPOCH).encode()
+OURS = head()
 
 
 @pytest.fixture(autouse=True)
@@ -96,34 +95,6 @@ class FakeWorker:
         assert isinstance(request, Request)
         fields = {"run": RUN, "epoch": EPOCH, "id": request.id, "seconds": {"release": 0.5}, **changes}
         await self.send(Reply(outcome=outcome, **fields))
-
-
-def register(host: str = "here", pid: int = 7, digest: str = DIGEST, epoch: int = 0) -> Register:
-    return Register(
-        run=RUN if epoch else "",
-        epoch=epoch,
-        host=host,
-        pid=pid,
-        incarnation=str(pid),
-        address="127.0.0.1",
-        versions={},
-        code_digest=digest,
-    )
-
-
-def welcome(rank: int) -> Welcome:
-    return Welcome(
-        run=RUN,
-        epoch=EPOCH,
-        rank=rank,
-        num_workers=1,
-        num_local_workers=1,
-        overrides=(),
-        experiment_digest="",
-        log_directory="",
-        orphan_s=1.0,
-        silence_s=5.0,
-    )
 
 
 Connect = Callable[[], FakeWorker]
@@ -177,7 +148,7 @@ def test_ranks_go_by_order_of_registration_with_hosts_side_by_side(tmp_path: Pat
         workers = []
         for pid, host in enumerate(["left", "right", "left"]):
             workers.append(connect())
-            await workers[-1].send(register(host, pid))
+            await workers[-1].send(register(host=host, pid=pid))
             await workers[-1].ping()  # else registrations of several sockets arrive in any order
         registered = await server.workers(5)
         assert [(each.host, each.pid) for each in registered] == [("left", 0), ("left", 2), ("right", 1)]
@@ -191,7 +162,7 @@ def test_ranks_go_by_order_of_registration_with_hosts_side_by_side(tmp_path: Pat
 def test_a_worker_with_another_file_is_refused(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = connect()
-        await worker.send(register(digest="other"))
+        await worker.send(register(code_digest="other"))
         answer = await worker.receive()
         assert isinstance(answer, Refuse)
         assert answer.reason.startswith("the worker's experiment file differs from the master's: copy the same file")
@@ -203,12 +174,11 @@ def test_a_worker_with_another_file_is_refused(tmp_path: Path):
 def test_a_worker_of_another_version_is_refused_in_its_own(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = connect()
-        theirs = codec.Envelope(epoch=0, version=99).encode()
-        await worker.socket.send_multipart([theirs, b"a registration that only they can read"])
-        envelope, body = await worker.socket.recv_multipart()
-        assert codec.Envelope.decode([envelope, body]).version == 99
+        await worker.socket.send(head(version=99) + b"a registration that only they can read")
+        envelope, body = codec.opened(await worker.socket.recv_multipart())
+        assert envelope.version == 99
         reason = f"the worker speaks protocol 99, the master {PROTOCOL_VERSION}: install the same"
-        assert codec.decode_body([body]) == Refuse(reason=reason)
+        assert codec.decode_body(body) == Refuse(reason=reason)
         await welcomed(server, connect)
 
     with_server(tmp_path, scenario)
@@ -369,7 +339,7 @@ def test_a_request_that_was_given_up_is_no_loss(tmp_path: Path):
     with_server(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("frames", [[b""], [b"x", b"y"], [OURS, b"\xc1"], [OURS, b"", b""], [OURS] * 100])
+@pytest.mark.parametrize("frames", [[b""], [b"x", b"y"], [OURS + b"\xc1"], [OURS, b"", b""], [OURS] * 100])
 def test_garbage_is_dropped(tmp_path: Path, frames: list[bytes]):
     async def scenario(server: Server, connect: Connect) -> None:
         stranger = connect()
@@ -389,7 +359,7 @@ def test_a_worker_that_sends_what_cannot_be_read_is_lost(tmp_path: Path):
         worker = await welcomed(server, connect)
         future = submit(server)
         await worker.socket.send_multipart([b"x", b"y"])
-        with pytest.raises(WorkerLost, match=r"worker 0 .* sent what cannot be read \(an envelope of 1"):
+        with pytest.raises(WorkerLost, match=r"worker 0 .* sent what cannot be read \(a frame of 1 bytes"):
             await future
 
     with_server(tmp_path, scenario)
@@ -546,7 +516,7 @@ def test_a_worker_whose_connection_comes_back_gets_what_it_missed_once(tmp_path:
         first = await worker.receive()
         worker.socket.close(linger=0)
         worker.connect()
-        await worker.send(register(epoch=EPOCH))
+        await worker.send(register(run=RUN, epoch=EPOCH))
         requests = [first, await worker.receive(), await worker.receive()]
         for request in requests:
             await worker.answer(request, Success(result=Done()))
@@ -593,7 +563,7 @@ def test_a_worker_that_was_given_up_is_fenced(tmp_path: Path):
         with pytest.raises(WorkerLost):
             await server.lost
         worker.connect()
-        await worker.send(register(epoch=EPOCH))
+        await worker.send(register(run=RUN, epoch=EPOCH))
         assert await worker.receive() == Refuse(reason="it was given up as lost")
 
     with_server(tmp_path, scenario)
@@ -602,7 +572,7 @@ def test_a_worker_that_was_given_up_is_fenced(tmp_path: Path):
 def test_a_worker_of_another_run_is_refused(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         stray = connect()
-        await stray.send(replace(register(epoch=EPOCH), run="other"))
+        await stray.send(register(run="other", epoch=EPOCH))
         refusal = await stray.receive()
         assert isinstance(refusal, Refuse)
         assert refusal.reason == f"it belongs to the run other, and this master's is {RUN}"
@@ -614,7 +584,7 @@ def test_a_worker_of_another_run_is_refused(tmp_path: Path):
 def test_nobody_can_speak_under_the_name_of_anothers_connection(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = await welcomed(server, connect)
-        (route,) = server._roster.by_route
+        (route,) = server.roster.by_route
         forger = worker._context.socket(zmq.DEALER)
         forger.setsockopt(zmq.ROUTING_ID, route)
         forger.connect(server.address)
@@ -631,7 +601,7 @@ def test_nobody_can_speak_under_the_name_of_anothers_connection(tmp_path: Path):
 
 def test_a_stranger_cannot_have_much_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     async def scenario(server: Server, connect: Connect) -> None:
-        await connect().socket.send_multipart([OURS, bytes(2**15)])
+        await connect().socket.send(OURS + bytes(2**15))
         await welcomed(server, connect)
         assert "a first message of 32810 bytes" in caplog.text
 
@@ -658,7 +628,7 @@ def test_after_a_loss_the_others_go_on_in_a_new_epoch(tmp_path: Path):
         comes = connect()
         await comes.send(register(pid=3))
         assert [each.pid for each in await server.workers(5)] == [2, 3]
-        server.welcome(lambda rank: replace(welcome(rank), epoch=server.epoch))
+        server.welcome(lambda rank: welcome(rank, epoch=server.epoch))
         for worker in (stays, comes):
             assert (await worker.receive()).epoch == EPOCH + 1
         await stays.answer(old, Success(result=ModelLoaded(num_parameters=666)))  # of the old epoch, on the old link
@@ -741,9 +711,7 @@ def test_an_address_of_another_machine_is_a_config_error():
 
 def test_the_address_is_told_as_it_was_given():
     """People copy it into `--master`; as `[::ffff:127.0.0.1]` it would not even be known to be local."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     assert address_of(Server(address, RUN, EPOCH, 1, DIGEST, 10.0, Path())) == address
 
 

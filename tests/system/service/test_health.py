@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from trainmaster.api.errors import ConfigError
-from trainmaster.system.rpc.messages import Lane, RunStatus, WorkerStatus
-from trainmaster.system.service import figures
+from trainmaster.system.rpc.messages import Lane, RunStatus, WorkerState, WorkerStatus
 from trainmaster.system.service import health as module
 from trainmaster.system.service.figures import (
     AtRequest,
@@ -334,7 +333,7 @@ def test_a_name_that_is_none_is_refused(name: str):
 
 
 def test_a_masters_figures():
-    found = read(metrics_of(status(), num_tokens=5000, num_waiting={0: 2, 1: 0}))
+    found = read(metrics_of(status(), num_tokens=5000, num_waiting={0: 2, 1: 0}, num_refused=3))
     assert math.isnan(found.pop('last_step_value run="first",name="train/loss"'))
     first, second = 'run="first",worker="0",host="node0"', 'run="first",worker="1",host="node1"'
     states = ("starting", "ready", "running", "paused", "stopping", "stopped", "failed")
@@ -347,12 +346,13 @@ def test_a_masters_figures():
         'step run="first"': 3,
         'num_steps run="first"': 10,
         'tokens_total run="first"': 5000,
+        'connections_refused_total run="first"': 3,
         **{f'state run="first",state="{state}"': state == "running" for state in states},
         'last_step_seconds run="first",part="step"': 4,
         'last_step_seconds run="first",part="train"': 3,
         'last_step_seconds run="first",part="train/save"': 1,
-        **{f'worker_state {first},state="{state}"': state == "busy" for state in figures._WORKER_STATES},
-        **{f'worker_state {second},state="{state}"': state == "unresponsive" for state in figures._WORKER_STATES},
+        **{f'worker_state {first},state="{state}"': state == "busy" for state in WorkerState},
+        **{f'worker_state {second},state="{state}"': state == "unresponsive" for state in WorkerState},
         f"worker_heard_seconds {first}": 0.5,
         f"worker_heard_seconds {second}": 12,
         f"worker_call_seconds {first}": 2.5,
@@ -364,7 +364,8 @@ def test_a_masters_figures():
 
 def test_what_a_status_does_not_say_is_left_out():
     names = {metric.name for metric in metrics_of(status())}
-    assert not names & {"trainmaster_tokens_total", "trainmaster_worker_waiting"}
+    unsaid = ("tokens_total", "worker_waiting", "connections_refused_total")
+    assert not names & {f"trainmaster_{name}" for name in unsaid}
 
 
 def test_workers_without_a_rank_are_told_apart():

@@ -36,7 +36,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -158,12 +158,6 @@ def our_worker(rank: int, address: str, folder: str) -> None:
     client.welcome(60)
     Worker(client, lambda _: EchoHandlers(), Alarm(Path(folder) / f"{rank}.stacks"), Tally(client)).run()  # type: ignore[arg-type]
     client.close()
-
-
-@contextlib.asynccontextmanager
-async def our_server(folder: Path, num_workers: int) -> AsyncIterator[Server]:
-    async with Server("tcp://127.0.0.1:*", "bench", 1, num_workers, "none", 5.0, folder) as server:
-        yield server
 
 
 async def welcome_all(server: Server, num_workers: int, folder: Path) -> None:

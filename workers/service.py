@@ -11,7 +11,6 @@ than its deadline ends the process (see `alarm`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import platform
@@ -25,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
-from ..api.errors import ConfigError, ProtocolError
+from ..api.errors import ConfigError
 from ..api.experiment_file import ExperimentFile
 from ..system.rpc.client import EXIT_RUN_FAILED, Client
 from ..system.rpc.commands import CallFunction, CallModel, Command, Redistribute, Save, ShardFile
@@ -146,27 +145,24 @@ class Worker:
     def _serve(self, lane: Lane) -> None:
         try:
             while (asked := self._client.next_request(lane)) is not None:
-                reply = self._answer(*asked)
-                try:
-                    self._client.reply(reply)
-                except ProtocolError as error:  # larger than a message may be
-                    self._client.reply(dataclasses.replace(reply, outcome=_failure(error)))
+                self._answer(*asked)
         except BaseException:
             logger.exception("the %s lane broke down: this worker ends", lane)
             logging.shutdown()
             os._exit(1)
 
-    def _answer(self, request: Request, left_s: float) -> Reply:
+    def _answer(self, request: Request, left_s: float) -> None:
         seconds: dict[str, float] = {}
-        outcome: Success | Failure
         with at(step=request.step, call=_name(request.command)):
             try:
                 with self._alarm.within(left_s), self._tally.executing(request):
-                    outcome = self._execute(request, seconds)
+                    self._reply(request, self._execute(request, seconds), seconds)
             except Exception as error:
                 logger.exception("%s failed", request.command.type)
-                outcome = _failure(error)
-        return Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds=seconds)
+                self._reply(request, _failure(error), seconds)
+
+    def _reply(self, request: Request, outcome: Success | Failure, seconds: dict[str, float]) -> None:
+        self._client.reply(Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds=seconds))
 
     def _execute(self, request: Request, seconds: dict[str, float]) -> Success:
         handlers = self._ready(request.epoch)

@@ -175,7 +175,8 @@ class Client:
                     for event in self._dealer.events():
                         self._follow(event)
                 now_s = time.monotonic()
-                self._flush(now_s)
+                if self._link.is_due(now_s):
+                    self._flush(now_s)
                 if now_s - tick_s >= HEARTBEAT_S / 2:
                     tick_s = now_s
                     self._check_master(now_s)
@@ -255,12 +256,13 @@ class Client:
             if envelope.version != PROTOCOL_VERSION:
                 raise ProtocolError(f"protocol version {envelope.version}, not {PROTOCOL_VERSION}")
             if self.current is not None and envelope.epoch == self.current.epoch:
-                self._clock.note(envelope.sent_s, time.monotonic())
                 self._link.acknowledge(envelope.received)
                 if not self._is_heard.is_set():
                     self._is_heard.set()
             if envelope.order == 0:
                 self._hear(codec.decode_body(body))
+                if self.current is not None and envelope.epoch == self.current.epoch:
+                    self._clock.note(envelope.sent_s, time.monotonic())
             elif self.current is None or envelope.epoch != self.current.epoch:
                 self._drops.note(f"it was of epoch {envelope.epoch}", time.monotonic())
             else:

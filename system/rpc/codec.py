@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple  # Any: what msgpack reads: nested containers of anything
 
@@ -90,7 +91,7 @@ def opened(frames: Sequence[Frame]) -> tuple[Envelope, Body]:
     """Raises `ProtocolError` for anything but the envelope of a Trainmaster, of whatever version."""
     if not 1 <= len(frames) <= 1 + MAX_ARRAYS:
         raise ProtocolError(f"{len(frames)} frames where a message has 1, and {MAX_ARRAYS} arrays at most")
-    first = memoryview(frames[0])
+    first = frames[0]
     if len(first) < _ENVELOPE.size:
         raise ProtocolError(
             f"a frame of {len(first)} bytes, less than an envelope's {_ENVELOPE.size}: another program's"
@@ -98,30 +99,47 @@ def opened(frames: Sequence[Frame]) -> tuple[Envelope, Body]:
     mark, version, epoch, order, received, sent_s = _ENVELOPE.unpack_from(first)
     if mark != _MARK:
         raise ProtocolError(f"an envelope that begins with {mark!r}, not {_MARK!r}: another program's")
-    return Envelope(epoch, order, received, sent_s, version), [first[_ENVELOPE.size :], *frames[1:]]
+    rest = first[_ENVELOPE.size :] if len(first) < _COPIED_BYTES else memoryview(first)[_ENVELOPE.size :]
+    return Envelope(epoch, order, received, sent_s, version), [rest, *frames[1:]]
+
+
+class _Encoder(threading.local):
+    """A packer for each thread, which is not made anew for each message."""
+
+    def __init__(self) -> None:
+        self._pack = msgpack.Packer(default=self._plain, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES).pack
+        self._arrays: list[Frame] = []
+
+    def encode(self, message: Message) -> Body:
+        try:
+            return [self._pack(message), *self._arrays]
+        finally:
+            self._arrays.clear()
+
+    def _plain(self, value: Any) -> dict[str, Any] | msgpack.ExtType:  # Any: a record, its fields, or an array
+        if not isinstance(value, np.ndarray):
+            return {name: getattr(value, name) for name in value.__dataclass_fields__}
+        at = len(self._arrays)
+        if at == MAX_ARRAYS or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
+            raise ProtocolError(
+                f"array {at} of a message is {value.dtype} of {value.ndim} dimensions: a message holds at most "
+                f"{MAX_ARRAYS}, of at most {MAX_DIMENSIONS}, and of no other types than numbers"
+            )
+        head = struct.pack(f">BB{value.ndim}Q", at, _DTYPE_CODES[value.dtype], *value.shape)
+        self._arrays.append(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+        return msgpack.ExtType(_ARRAY, head)
+
+
+_ENCODER = _Encoder()
 
 
 def encode_body(message: Message) -> Body:
     """Raises `ProtocolError` if the message is larger than a receiver accepts."""
-    arrays: list[Frame] = []
-
-    def default(value: Any) -> dict[str, Any] | msgpack.ExtType:  # Any: a record, its fields, or an array
-        if not isinstance(value, np.ndarray):
-            return {name: getattr(value, name) for name in value.__dataclass_fields__}
-        if len(arrays) == MAX_ARRAYS or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
-            raise ProtocolError(
-                f"array {len(arrays)} of a {message.type} is {value.dtype} of {value.ndim} dimensions: a message holds "
-                f"at most {MAX_ARRAYS}, of at most {MAX_DIMENSIONS}, and of no other types than numbers"
-            )
-        head = struct.pack(f">BB{value.ndim}Q", len(arrays), _DTYPE_CODES[value.dtype], *value.shape)
-        arrays.append(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
-        return msgpack.ExtType(_ARRAY, head)
-
-    packed: bytes = msgpack.packb(message, default=default, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES)
-    for frame in (packed, *arrays):
+    body = _ENCODER.encode(message)
+    for frame in body:
         if len(frame) > MAX_BODY_BYTES:
             raise ProtocolError(f"a {message.type} message of {len(frame)} bytes is over the limit of {MAX_BODY_BYTES}")
-    return [packed, *arrays]
+    return body
 
 
 def decode_body(body: Sequence[Frame]) -> Message:

@@ -77,6 +77,10 @@ class Link(Generic[B]):
     def post(self, body: B) -> None:
         self._waiting.append(body)
 
+    def is_due(self, now_s: float) -> bool:
+        """Whether `due` may have something."""
+        return bool(self._waiting) or now_s >= self._again_s
+
     def due(self, now_s: float) -> list[tuple[int, B]]:
         """What to send now, each with its order: new messages as far as the window allows, and old ones once more."""
         due = self._overdue(now_s) if now_s >= self._again_s else []

@@ -114,10 +114,10 @@ class Port:
         self._drain_soon()  # others on the loop have their turn
 
     def _awake(self) -> None:
-        """The descriptor says that there is something: a message, almost always."""
+        """The descriptor says that there is something: a message, almost always. Who waits for it comes before more."""
         with contextlib.suppress(zmq.Again):
             self._pass_on()
-        self.drain()
+        self._drain_soon()
 
     def _pass_on(self) -> None:
         if self._gate is None:

@@ -301,7 +301,8 @@ class Server:
         if envelope.order > 0:
             for delivered in peer.link.accept(envelope.order, body):
                 self._receive(route, peer, codec.decode_body(delivered), sender)
-        self._flush(peer)
+        if peer.link.is_due(self._loop.time()):
+            self._flush(peer)
 
     def _receive(self, route: bytes, peer: Peer | None, message: Message, sender: Holder | None) -> None:
         objection = self.roster.objection(sender, message)

@@ -1,123 +1,181 @@
-"""Sample metadata: which sequences there are, and the type and length of each of their keys. Never their values.
+"""Sample metadata: which samples there are, and the type and lengths of each of their keys. Never their values.
 
-Also the two pure decisions on it: which sequence enters which microbatch on which data-parallel rank. Results depend on
-identities and lengths alone, never on who asks or when.
+    sample   "gsm8k/0/17"                    "gsm8k/0/18"
+    tokens   5 values                        7 values                     one sequence a sample
+    choices  2 + 3 values                    4 values                     several: `counts` is (2, 1)
+
+A sample's segments (a prompt, a model's turn, a tool's answer) are keys like others: `segment_lengths` and
+`segment_sources` have one value a segment.
+
+The values themselves are in the workers' stores; `workers.data.packed` is this module's twin there.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any  # Any: what a caller gives as lengths, before it is checked
 
-from .errors import DataError
+import numpy as np
+import numpy.typing as npt
+from pydantic import BeforeValidator, InstanceOf, NonNegativeInt
+
 from .record import record
+
+Whole = npt.NDArray[np.int32]
+MAX_LENGTH = int(np.iinfo(np.int32).max)
+
+
+def _whole(values: Any) -> Whole:
+    found = np.asarray(values)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError("must be a list of whole numbers")
+    if found.size and not 0 <= found.min() <= found.max() <= MAX_LENGTH:
+        raise ValueError(f"must lie between 0 and {MAX_LENGTH}")
+    return found.astype(np.int32, copy=False)
+
+
+Lengths = Annotated[InstanceOf[np.ndarray], BeforeValidator(_whole)]
+"""int32, whatever whole numbers are given."""
 
 
 @record
 class KeyColumn:
-    """One key of a run of sequences: values are packed as `[sum(lengths), *trailing]`."""
+    """One key of a run of samples: values are packed as `[sum(lengths), *trailing]`."""
 
     dtype: str
     """The torch name of the type, such as `int64`."""
-    lengths: tuple[int, ...]
-    """One a sequence."""
-    trailing: tuple[int, ...] = ()
+    lengths: Lengths
+    """Of the sequences, sample by sample. Zero is a length."""
+    trailing: tuple[NonNegativeInt, ...] = ()
     """The shape behind the token axis."""
+    counts: Lengths | None = None
+    """How many of the sequences belong to each sample; None for one each."""
+
+    def __post_init__(self) -> None:
+        if self.counts is not None and int(self.counts.sum()) != len(self.lengths):
+            raise ValueError(f"counts add up to {self.counts.sum()}, but there are {len(self.lengths)} lengths")
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.lengths if self.counts is None else self.counts)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeyColumn):
+            return NotImplemented
+        return (
+            self.has_type_of(other)
+            and np.array_equal(self.lengths, other.lengths)
+            and np.array_equal(_counts(self), _counts(other))
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # arrays can change
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Values of each sample, over all its sequences."""
+        if self.counts is None:
+            return self.lengths.astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        sizes: npt.NDArray[np.int64] = np.diff(ends[np.concatenate([[0], np.cumsum(self.counts)])])
+        return sizes
+
+    def has_type_of(self, other: KeyColumn) -> bool:
+        return (self.dtype, self.trailing) == (other.dtype, other.trailing)
+
+    def select(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> KeyColumn:
+        """The samples at these positions, in this order."""
+        chosen = np.asarray(positions, dtype=np.int64)
+        if self.counts is None:
+            return KeyColumn(dtype=self.dtype, lengths=self.lengths[chosen], trailing=self.trailing)
+        counts = self.counts[chosen]
+        starts = (np.cumsum(self.counts) - self.counts)[chosen]
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        lengths = self.lengths[np.repeat(starts, counts) + within]
+        return KeyColumn(dtype=self.dtype, lengths=lengths, trailing=self.trailing, counts=counts)
+
+    @staticmethod
+    def gather(columns: Sequence[KeyColumn]) -> KeyColumn:
+        """One after the other. All are of one type."""
+        first = columns[0]
+        assert all(column.has_type_of(first) for column in columns), "columns of one key have one type"
+        counts = None
+        if any(column.counts is not None for column in columns):
+            counts = np.concatenate([_counts(column) for column in columns])
+        lengths = np.concatenate([column.lengths for column in columns])
+        return KeyColumn(dtype=first.dtype, lengths=lengths, trailing=first.trailing, counts=counts)
+
+
+def _counts(column: KeyColumn) -> Whole:
+    return np.ones(len(column), np.int32) if column.counts is None else column.counts
 
 
 @record
 class Samples:
-    """Sequences in order, each with a unique id."""
+    """Samples in order, each with a unique id. All have the same keys."""
 
     ids: tuple[str, ...]
     keys: dict[str, KeyColumn]
+
+    def __post_init__(self) -> None:
+        for name, column in self.keys.items():
+            if len(column) != len(self.ids):
+                raise ValueError(f"key {name} has {len(column)} samples, but there are {len(self.ids)} ids")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def lengths(self, key: str) -> tuple[int, ...]:
-        return self.keys[key].lengths
+        """Of the key's sequences."""
+        return tuple(self.keys[key].lengths.tolist())
 
-    def select(self, positions: Sequence[int]) -> Samples:
-        """The sequences at these positions, in this order."""
-        columns = {
-            name: KeyColumn(
-                dtype=column.dtype, lengths=tuple(column.lengths[at] for at in positions), trailing=column.trailing
-            )
-            for name, column in self.keys.items()
-        }
+    def sizes(self, key: str) -> tuple[int, ...]:
+        """Values of the key in each sample, over all its sequences."""
+        return tuple(self.keys[key].sizes.tolist())
+
+    def select(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Samples:
+        """The samples at these positions, in this order."""
+        columns = {name: column.select(positions) for name, column in self.keys.items()}
         return Samples(ids=tuple(self.ids[at] for at in positions), keys=columns)
+
+    def only(self, keys: Iterable[str]) -> Samples:
+        """With these of its keys."""
+        return Samples(ids=self.ids, keys={key: self.keys[key] for key in keys})
+
+    def split(self, groups: Sequence[Sequence[int]]) -> list[Samples]:
+        """One part for each group of positions. `unsplit` undoes it."""
+        return [self.select(group) for group in groups]
+
+    @staticmethod
+    def unsplit(parts: Sequence[Samples], groups: Sequence[Sequence[int]]) -> Samples:
+        """The parts of a `split` by these groups, which hold every position once, back in the order before it."""
+        order = np.argsort(np.concatenate([np.asarray(group, np.int64) for group in groups]), kind="stable")
+        return Samples.gather(parts).select(order)
+
+    def unpack(self) -> list[Samples]:
+        """Each sample by itself."""
+        return [self.select([at]) for at in range(len(self))]
+
+    def update(self, more: Samples) -> Samples:
+        """With the keys of `more` besides or in place of its own. `more` has the same samples, in any order."""
+        at = {identity: position for position, identity in enumerate(more.ids)}
+        assert len(more) == len(self), "keys are added to the same samples"
+        assert at.keys() == set(self.ids), "keys are added to the same samples"
+        return Samples(ids=self.ids, keys=self.keys | more.select([at[identity] for identity in self.ids]).keys)
+
+    def remap(self, names: Mapping[str, str]) -> Samples:
+        """With keys renamed, all at once: `{"a": "b", "b": "a"}` swaps two. Keys that are not named stay."""
+        renamed = {names.get(key, key): column for key, column in self.keys.items()}
+        assert len(renamed) == len(self.keys), f"two keys would have one name: {sorted(self.keys)} by {dict(names)}"
+        return Samples(ids=self.ids, keys=renamed)
 
     @staticmethod
     def gather(parts: Sequence[Samples]) -> Samples:
-        """The parts one after the other. All must have the same keys, with the same dtypes and trailing shapes."""
+        """The parts one after the other. All must have the same keys, of the same types."""
         first = parts[0]
         columns = {}
         for name, column in first.keys.items():
-            lengths: list[int] = []
-            for part in parts:
-                other = part.keys[name]
-                assert (other.dtype, other.trailing) == (column.dtype, column.trailing), f"key {name} differs in type"
-                lengths += other.lengths
-            columns[name] = KeyColumn(dtype=column.dtype, lengths=tuple(lengths), trailing=column.trailing)
-        return Samples(ids=tuple(i for part in parts for i in part.ids), keys=columns)
-
-
-def balance(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
-    """Cuts positions into `num_groups` groups of nearly equal sums: longest first, each to the lightest group.
-
-    Needs `num_groups <= len(lengths)`; no group is empty. Positions in a group ascend. (Longest-processing-time rule:
-    Graham 1969, within 4/3 of the best maximum.)
-    """
-    assert 0 < num_groups <= len(lengths), f"{len(lengths)} sequences cannot fill {num_groups} groups"
-    # a group's size breaks ties, so that sequences of no length spread too
-    heap = [(0, 0, group) for group in range(num_groups)]
-    groups: list[list[int]] = [[] for _ in range(num_groups)]
-    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
-        load, size, group = heapq.heappop(heap)
-        groups[group].append(at)
-        heapq.heappush(heap, (load + lengths[at], size + 1, group))
-    return [sorted(group) for group in groups]
-
-
-def plan_microbatches(
-    lengths: Sequence[int], num_ranks: int, max_tokens: int, min_count: int, names: Sequence[str]
-) -> list[list[list[int]]]:
-    """Positions by `[rank][microbatch]`, for sequences of these lengths.
-
-    Every sequence is in exactly one microbatch, no microbatch is empty or has more than `max_tokens`, and ranks have
-    nearly equal tokens. Ranks have the same number of microbatches, at least `min_count`, wherever the number of
-    sequences and the cap allow it; otherwise their numbers differ by one.
-
-    Raises `DataError` naming the sequence (by `names`) that is longer than the cap.
-    """
-    assert len(lengths) >= num_ranks, f"{len(lengths)} sequences for {num_ranks} data-parallel ranks"
-    longest = max(range(len(lengths)), key=lambda at: lengths[at])
-    if lengths[longest] > max_tokens:
-        raise DataError(
-            "microbatch_tokens",
-            max_tokens,
-            f"sequence {names[longest]} has {lengths[longest]} tokens, and a microbatch holds whole sequences",
-            f"set microbatch_tokens to {lengths[longest]} or more",
-        )
-    per_rank = max(min_count, -(-sum(lengths) // (num_ranks * max_tokens)))
-    count = num_ranks * min(per_rank, len(lengths) // num_ranks)
-    groups = balance(lengths, count)
-    while max(_loads(groups, lengths)) > max_tokens:
-        count = count + num_ranks if count + num_ranks <= len(lengths) else len(lengths)
-        groups = balance(lengths, count)
-    return _deal(groups, _loads(groups, lengths), num_ranks)
-
-
-def _loads(groups: Iterable[Sequence[int]], lengths: Sequence[int]) -> list[int]:
-    return [sum(lengths[at] for at in group) for group in groups]
-
-
-def _deal(groups: list[list[int]], loads: list[int], num_ranks: int) -> list[list[list[int]]]:
-    """Groups to ranks, heaviest first, back and forth (0 1 2, 2 1 0, ...), which evens the ranks out."""
-    order = sorted(range(len(groups)), key=lambda group: (-loads[group], group))
-    ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    for turn, group in enumerate(order):
-        lap, at = divmod(turn, num_ranks)
-        ranks[at if lap % 2 == 0 else num_ranks - 1 - at].append(groups[group])
-    return [sorted(rank) for rank in ranks]
+            assert all(name in part.keys and part.keys[name].has_type_of(column) for part in parts), (
+                f"key {name} differs in type"
+            )
+            columns[name] = KeyColumn.gather([part.keys[name] for part in parts])
+        return Samples(ids=tuple(identity for part in parts for identity in part.ids), keys=columns)

@@ -99,10 +99,11 @@ class SequenceBuffer:
 
 def _joined(key: str, cells: Sequence[tuple[KeyColumn, int]]) -> KeyColumn:
     """One column of these sequences."""
-    first = cells[0][0]
-    for column, _ in cells:
-        assert column is first or (column.dtype, column.trailing) == (first.dtype, first.trailing), (
-            f"key {key} differs in type"
-        )
-    lengths = tuple(column.lengths[position] for column, position in cells)
-    return KeyColumn(dtype=first.dtype, lengths=lengths, trailing=first.trailing)
+    runs: list[tuple[KeyColumn, list[int]]] = []
+    for column, position in cells:
+        if not runs or runs[-1][0] is not column:
+            runs.append((column, []))
+        runs[-1][1].append(position)
+    first = runs[0][0]
+    assert all(column.has_type_of(first) for column, _ in runs), f"key {key} differs in type"
+    return KeyColumn.gather([column.select(positions) for column, positions in runs])

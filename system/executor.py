@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..api.algorithms import Generation
-from ..api.batch import Samples, plan_microbatches
+from ..api.balance import plan_microbatches
+from ..api.batch import Samples
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import Call, FunctionCall, Graph, ModelFunctionCall
 from .buffer import SequenceBuffer
@@ -171,7 +172,7 @@ class Executor:
         """The microbatches of each worker of the call's model, by rank."""
         placed = self._compiled.models[call.model]
         layout, spec = placed.model.layout, call.microbatching
-        lengths = minibatch.lengths(call.inputs[0])
+        lengths = minibatch.sizes(call.inputs[0])
         if isinstance(call.settings, Generation):
             lengths = tuple(length + call.settings.sampling.max_new_tokens for length in lengths)
         plan = plan_microbatches(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
@@ -268,7 +269,8 @@ class Executor:
         for move in moves:
             for rank, part in move.items():
                 for parcel in part.receives:
-                    self._storage.add(rank, parcel.samples)
+                    for block in parcel.blocks:
+                        self._storage.add(rank, block)
 
     def _record(self, call: ModelFunctionCall, answers: list[Answer], traversal: Traversal) -> None:
         slowest: dict[str, float] = traversal.seconds.setdefault(call.name, {})

@@ -34,8 +34,8 @@ def plan_redistribution(
         for (source, missing), positions in _missing(target, samples, keys, storage).items():
             chosen = samples.select(positions)
             parcel = Samples(ids=chosen.ids, keys={key: chosen.keys[key] for key in missing})
-            sends.setdefault(source, []).append(Parcel(peer=target, samples=parcel))
-            receives.setdefault(target, []).append(Parcel(peer=source, samples=parcel))
+            sends.setdefault(source, []).append(Parcel(peers=(target,), blocks=(parcel,)))
+            receives.setdefault(target, []).append(Parcel(peers=(source,), blocks=(parcel,)))
     return {
         rank: Redistribute(
             tag=tag,

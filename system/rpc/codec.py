@@ -2,7 +2,7 @@
 
     frame 0     the envelope, 42 bytes, the same in every version: mark, protocol version, epoch, order, received, time;
                 after it the message: msgpack
-    frame 1...  one for each array in it: raw bytes, never copied; type and shape stand in the message
+    frame 1...  one for each large array in it: raw bytes, never copied; type and shape stand in the message
 
 A frame from outside is not trusted: every length, depth and count is bounded before anything is built from it, and the
 message must validate against the closed union of messages.
@@ -62,8 +62,11 @@ QUEUED_MESSAGES = 10_000
 a connection with heartbeats breaks while its queue is full (github.com/zeromq/libzmq/issues/4364)."""
 _SAID_CHARACTERS = 500
 """Of what is wrong with a message: the rest is likely the sender's."""
-_ARRAY = 1
-"""msgpack's extension type of an array. Its content: its frame and its dtype's code, a byte each, then its shape."""
+_ARRAY, _SMALL_ARRAY = 1, 2
+"""msgpack's extension types of arrays. The content of one: its frame and its dtype's code, a byte each, then its shape.
+Of a small one: the number of its dimensions in place of the frame, and behind the shape its bytes."""
+_SMALL_BYTES = 4096
+_MAX_EXTENSION_BYTES = 2 + 8 * MAX_DIMENSIONS + _SMALL_BYTES
 Frame = bytes | bytearray | memoryview
 Body = list[Frame]
 """A message, encoded, and its arrays."""
@@ -119,14 +122,17 @@ class _Encoder(threading.local):
     def _plain(self, value: Any) -> dict[str, Any] | msgpack.ExtType:  # Any: a record, its fields, or an array
         if not isinstance(value, np.ndarray):
             return {name: getattr(value, name) for name in value.__dataclass_fields__}
-        at = len(self._arrays)
-        if at == MAX_ARRAYS or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
+        at, is_small = len(self._arrays), value.nbytes <= _SMALL_BYTES
+        if (at == MAX_ARRAYS and not is_small) or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
             raise ProtocolError(
                 f"array {at} of a message is {value.dtype} of {value.ndim} dimensions: a message holds at most "
                 f"{MAX_ARRAYS}, of at most {MAX_DIMENSIONS}, and of no other types than numbers"
             )
-        head = struct.pack(f">BB{value.ndim}Q", at, _DTYPE_CODES[value.dtype], *value.shape)
-        self._arrays.append(np.ascontiguousarray(value).data.cast("B") if value.size else b"")
+        first = value.ndim if is_small else at
+        head = struct.pack(f">BB{value.ndim}Q", first, _DTYPE_CODES[value.dtype], *value.shape)
+        if is_small:
+            return msgpack.ExtType(_SMALL_ARRAY, head + value.tobytes())
+        self._arrays.append(np.ascontiguousarray(value).data.cast("B"))
         return msgpack.ExtType(_ARRAY, head)
 
 
@@ -152,6 +158,8 @@ def decode_body(body: Sequence[Frame]) -> Message:
 
     def read(code: int, content: bytes) -> np.ndarray[Any, Any]:
         nonlocal num_read
+        if code == _SMALL_ARRAY:
+            return _read_small_array(content)
         if code != _ARRAY:
             raise ValueError(f"extension type {code}")
         value = _read_array(content, arrays, num_read)
@@ -164,7 +172,7 @@ def decode_body(body: Sequence[Frame]) -> Message:
             use_list=False,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
-            max_ext_len=256,
+            max_ext_len=_MAX_EXTENSION_BYTES,
             max_bin_len=0,
             ext_hook=read,
         )
@@ -192,6 +200,20 @@ def _read_array(content: bytes, frames: Sequence[Frame], expected: int) -> np.nd
     if math.prod(shape) * dtype.itemsize != len(frames[at]):
         raise ValueError(f"an array of {shape} {dtype} in {len(frames[at])} bytes")
     return np.ndarray(shape, dtype, frames[at])
+
+
+def _read_small_array(content: bytes) -> np.ndarray[Any, Any]:
+    num_dimensions = content[0] if content else 0
+    head = struct.Struct(f">BB{num_dimensions}Q")
+    if num_dimensions > MAX_DIMENSIONS or len(content) < head.size:
+        raise ValueError(f"a small array whose head says that it has {num_dimensions} dimensions")
+    _, code, *shape = head.unpack_from(content)
+    if code >= len(DTYPES):
+        raise ValueError(f"an array of type {code}")
+    dtype = DTYPES[code]
+    if math.prod(shape) * dtype.itemsize != len(content) - head.size:
+        raise ValueError(f"an array of {shape} {dtype} in {len(content) - head.size} bytes")
+    return np.ndarray(shape, dtype, content, head.size)
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[Frame]:

@@ -5,6 +5,7 @@ Commands carry names that the experiment file registered and metadata of samples
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,13 +20,30 @@ Array = InstanceOf[np.ndarray]  # of any shape, and of the dtypes that the codec
 # -- hooks ------------------------------------------------------------------------------------------------------------
 
 
+class StepKind(StrEnum):
+    """What a parcel is part of."""
+
+    DIRECT = "direct"
+    """One worker's to one other."""
+    GATHER = "gather"
+    """Several workers' to one."""
+    SCATTER = "scatter"
+    """One worker's different parts to several."""
+    BROADCAST = "broadcast"
+    """The same part to several."""
+
+
 @record
 class Parcel:
-    """What one worker sends to another: these keys of these sequences, in this order, as one packed buffer."""
+    """What one worker sends to others: these keys of these samples, in this order, as one packed buffer."""
 
-    peer: int
-    """The other worker's rank: the receiver of a parcel that is sent, the sender of one that is received."""
-    samples: Samples
+    kind: StepKind = StepKind.DIRECT
+    wave: NonNegativeInt = 0
+    """What a worker passes on in a wave, it has held before or received in an earlier one."""
+    peers: tuple[int, ...]
+    """Ranks: the receivers of a parcel that is sent, the one sender of a parcel that is received."""
+    blocks: tuple[Samples, ...]
+    """Samples with the same keys to be sent are one block."""
 
 
 @record

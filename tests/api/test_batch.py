@@ -1,10 +1,12 @@
-from itertools import pairwise, product
+from collections.abc import Sequence
+from itertools import pairwise
 
+import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from trainmaster.api.batch import KeyColumn, Samples, balance, plan_microbatches
-from trainmaster.api.errors import DataError
+from trainmaster.api.batch import MAX_LENGTH, KeyColumn, Samples
+from trainmaster.api.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 
@@ -17,136 +19,127 @@ def samples(lengths: list[int], prefix: str = "s") -> Samples:
     return Samples(ids=tuple(f"{prefix}{at}" for at in range(len(lengths))), keys=keys)
 
 
-@given(LENGTHS, st.data())
-def test_split_then_gather_is_the_identity(lengths: list[int], data: st.DataObject):
-    whole = samples(lengths)
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(lengths)))) | {0, len(lengths)})
-    parts = [whole.select(range(start, stop)) for start, stop in pairwise(cuts)]
-    assert Samples.gather(parts) == whole
+@st.composite
+def rich(draw: st.DrawFn, ids: Sequence[str] | None = None, prefix: str = "k") -> Samples:
+    """Up to three keys; some of them with any number of sequences a sample."""
+    if ids is None:
+        ids = [f"s{at}" for at in range(draw(st.integers(0, 6)))]
+    keys = {}
+    for at in range(draw(st.integers(0, 3))):
+        counts = draw(st.none() | st.lists(st.integers(0, 3), min_size=len(ids), max_size=len(ids)))
+        number = len(ids) if counts is None else sum(counts)
+        keys[f"{prefix}{at}"] = KeyColumn(
+            dtype=draw(st.sampled_from(["bool", "int64", "bfloat16"])),
+            lengths=draw(st.lists(st.integers(0, 9), min_size=number, max_size=number)),
+            trailing=draw(st.sampled_from([(), (2,), (0, 3)])),
+            counts=counts,
+        )
+    return Samples(ids=tuple(ids), keys=keys)
 
 
-@given(LENGTHS.flatmap(lambda lengths: st.tuples(st.just(lengths), st.permutations(range(len(lengths))))))
-def test_select_by_a_permutation_and_back_is_the_identity(drawn: tuple[list[int], list[int]]):
-    lengths, order = drawn
-    whole = samples(lengths)
-    shuffled = whole.select(order)
-    assert shuffled.lengths("tokens") == tuple(lengths[at] for at in order)
-    assert shuffled.select([order.index(at) for at in range(len(order))]) == whole
+def plain(whole: Samples) -> list[tuple[str, dict[str, list[int]]]]:
+    """Of each sample: its id, and the lengths of its sequences by key."""
+    found: list[tuple[str, dict[str, list[int]]]] = [(identity, {}) for identity in whole.ids]
+    for key, column in whole.keys.items():
+        left = column.lengths.tolist()
+        for at, (_, lengths) in enumerate(found):
+            count = 1 if column.counts is None else int(column.counts[at])
+            lengths[key], left = left[:count], left[count:]
+        assert not left
+    return found
+
+
+@given(rich(), st.data())
+def test_select_takes_samples_whole(whole: Samples, data: st.DataObject):
+    positions = data.draw(st.lists(st.integers(0, len(whole) - 1), unique=True)) if len(whole) else []
+    part = whole.select(positions)
+    assert plain(part) == [plain(whole)[at] for at in positions]
+    assert all(part.keys[key].has_type_of(column) for key, column in whole.keys.items())
+    for key in whole.keys:
+        assert part.sizes(key) == tuple(sum(lengths[key]) for _, lengths in plain(part))
+
+
+@given(rich(), st.data())
+def test_a_split_can_be_undone(whole: Samples, data: st.DataObject):
+    order = data.draw(st.permutations(range(len(whole))))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)))) | {0, len(whole)})
+    groups = [order[start:stop] for start, stop in pairwise(cuts)] or [order]
+    assert Samples.unsplit(whole.split(groups), groups) == whole
+    assert Samples.gather(
+        whole.select(order).split([range(start, stop) for start, stop in pairwise(cuts)]) or [whole]
+    ) == (whole.select(order))
+
+
+@given(rich())
+def test_samples_by_themselves_come_together_again(whole: Samples):
+    parts = whole.unpack()
+    assert [part.ids for part in parts] == [(identity,) for identity in whole.ids]
+    assert not parts or Samples.gather(parts) == whole
+
+
+@given(rich(), st.data())
+def test_an_update_adds_keys_whatever_the_order(whole: Samples, data: st.DataObject):
+    more = data.draw(rich(data.draw(st.permutations(whole.ids)), prefix=data.draw(st.sampled_from("kn"))))
+    both = whole.update(more)
+    assert both.ids == whole.ids
+    assert both.only(more.keys) == more.select([more.ids.index(identity) for identity in whole.ids])
+    kept = [key for key in whole.keys if key not in more.keys]
+    assert both.only(kept) == whole.only(kept)
+
+
+@given(rich(), st.data())
+def test_keys_are_renamed_all_at_once(whole: Samples, data: st.DataObject):
+    names = dict(zip(whole.keys, data.draw(st.permutations(list(whole.keys))), strict=True))
+    renamed = whole.remap(names)
+    assert renamed.keys == {names[key]: column for key, column in whole.keys.items()}
+    assert renamed.remap({new: old for old, new in names.items()}).keys == whole.keys
+    assert whole.remap({"nothing": "else"}) == whole
+
+
+def test_a_swap_of_two_keys_loses_none():
+    swapped = samples([3, 4]).remap({"tokens": "values", "values": "tokens"})
+    assert swapped.keys["values"].dtype == "int64"
+    assert swapped.keys["tokens"].trailing == (3,)
+
+
+def test_two_keys_of_one_name_are_refused():
+    with pytest.raises(AssertionError, match="two keys would have one name"):
+        samples([1]).remap({"tokens": "values"})
+
+
+def test_an_update_of_other_samples_is_refused():
+    with pytest.raises(AssertionError, match="the same samples"):
+        samples([1, 2]).update(samples([1, 2], prefix="other"))
 
 
 def test_gather_refuses_keys_of_different_types():
-    other = Samples(
-        ids=("x",), keys={"tokens": KeyColumn(dtype="int32", lengths=(1,)), "values": samples([1]).keys["values"]}
+    other = (
+        samples([1], "x")
+        .only(["values"])
+        .update(Samples(ids=("x0",), keys={"tokens": KeyColumn(dtype="int32", lengths=(1,))}))
     )
     with pytest.raises(AssertionError, match="key tokens differs in type"):
         Samples.gather([samples([1]), other])
 
 
-@given(LENGTHS, st.data())
-def test_balance_covers_every_position_once_and_leaves_no_group_empty(lengths: list[int], data: st.DataObject):
-    num_groups = data.draw(st.integers(1, len(lengths)))
-    groups = balance(lengths, num_groups)
-    assert len(groups) == num_groups
-    assert all(groups)
-    assert sorted(at for group in groups for at in group) == list(range(len(lengths)))
-    assert all(group == sorted(group) for group in groups)
+@pytest.mark.parametrize("lengths", [[-1], [1.5], ["a"], [[1]], [MAX_LENGTH + 1]])
+def test_lengths_are_whole_numbers(lengths: list[object]):
+    with pytest.raises(ConfigError, match=r"KeyColumn\.lengths.*(must be a list of whole numbers|must lie between 0)"):
+        KeyColumn(dtype="int64", lengths=lengths)
 
 
-def best_maximum(lengths: list[int], num_groups: int) -> int:
-    """By trying everything."""
-    best = sum(lengths)
-    for places in product(range(num_groups), repeat=len(lengths)):
-        loads = [0] * num_groups
-        for length, place in zip(lengths, places, strict=True):
-            loads[place] += length
-        best = min(best, max(loads))
-    return best
+def test_counts_add_up():
+    with pytest.raises(ConfigError, match="counts add up to 3, but there are 2 lengths"):
+        KeyColumn(dtype="int64", lengths=[1, 2], counts=[3])
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(1, 3))
-def test_balance_is_within_four_thirds_of_the_best(lengths: list[int], num_groups: int):
-    assume(num_groups <= len(lengths))
-    heaviest = max(sum(lengths[at] for at in group) for group in balance(lengths, num_groups))
-    assert 3 * heaviest <= 4 * best_maximum(lengths, num_groups)
+def test_every_key_has_every_sample():
+    with pytest.raises(ConfigError, match="key tokens has 2 samples, but there are 1 ids"):
+        Samples(ids=("a",), keys={"tokens": KeyColumn(dtype="int64", lengths=[1, 2])})
 
 
-def test_balance_spreads_sequences_of_no_length():
-    assert sorted(map(len, balance([0, 0, 0, 0], 2))) == [2, 2]
-
-
-def test_balance_refuses_more_groups_than_sequences():
-    with pytest.raises(AssertionError, match="1 sequences cannot fill 2 groups"):
-        balance([5], 2)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
-    lengths = draw(LENGTHS)
-    num_ranks = draw(st.integers(1, min(6, len(lengths))))
-    max_tokens = draw(st.integers(max(1, *lengths) if len(lengths) > 1 else max(1, lengths[0]), 120))
-    return lengths, num_ranks, max_tokens, draw(st.integers(1, 8))
-
-
-def planned(drawn: tuple[list[int], int, int, int]) -> list[list[list[int]]]:
-    lengths, num_ranks, max_tokens, min_count = drawn
-    return plan_microbatches(lengths, num_ranks, max_tokens, min_count, [f"s{at}" for at in range(len(lengths))])
-
-
-@given(plans())
-def test_microbatches_hold_every_sequence_once_within_the_cap(drawn: tuple[list[int], int, int, int]):
-    lengths, num_ranks, max_tokens, _ = drawn
-    plan = planned(drawn)
-    microbatches = [microbatch for rank in plan for microbatch in rank]
-    assert len(plan) == num_ranks
-    assert sorted(at for microbatch in microbatches for at in microbatch) == list(range(len(lengths)))
-    assert all(microbatches)
-    assert max(sum(lengths[at] for at in microbatch) for microbatch in microbatches) <= max_tokens
-
-
-@given(plans())
-def test_ranks_have_equally_many_microbatches_or_one_more(drawn: tuple[list[int], int, int, int]):
-    lengths, num_ranks, _, min_count = drawn
-    counts = [len(rank) for rank in planned(drawn)]
-    assert max(counts) - min(counts) <= 1
-    assert min(counts) >= min(min_count, len(lengths) // num_ranks)
-
-
-@given(plans())
-def test_ranks_differ_in_tokens_by_at_most_one_microbatch(drawn: tuple[list[int], int, int, int]):
-    lengths = drawn[0]
-    plan = planned(drawn)
-    loads = [[sum(lengths[at] for at in microbatch) for microbatch in rank] for rank in plan]
-    heaviest = max(load for rank in loads for load in rank)
-    totals = [sum(rank) for rank in loads]
-    assert max(totals) - min(totals) <= heaviest
-
-
-@given(plans())
-def test_the_plan_is_a_function_of_its_arguments(drawn: tuple[list[int], int, int, int]):
-    assert planned(drawn) == planned(drawn)
-
-
-def test_names_do_not_change_the_plan():
-    assert plan_microbatches([3, 1, 2], 1, 4, 2, "abc") == plan_microbatches([3, 1, 2], 1, 4, 2, "cab")
-
-
-def test_ranks_have_equally_many_microbatches_where_the_cap_allows_it():
-    plan = plan_microbatches([5] * 7, num_ranks=2, max_tokens=10, min_count=1, names="abcdefg")
-    assert [len(rank) for rank in plan] == [2, 2]
-
-
-def test_ranks_differ_where_the_cap_forbids_equal_numbers():
-    plan = plan_microbatches([10] * 5, num_ranks=2, max_tokens=10, min_count=1, names="abcde")
-    assert sorted(len(rank) for rank in plan) == [2, 3]
-
-
-def test_a_sequence_over_the_cap_is_named():
-    with pytest.raises(
-        DataError, match=r"microbatch_tokens = 6: sequence b has 7 tokens, .* Set microbatch_tokens to 7 or more"
-    ):
-        plan_microbatches([6, 7], 1, 6, 1, ["a", "b"])
-
-
-def test_fewer_sequences_than_ranks_is_our_own_mistake():
-    with pytest.raises(AssertionError, match="1 sequences for 2 data-parallel ranks"):
-        plan_microbatches([1], 2, 6, 1, ["a"])
+def test_lengths_take_little_room():
+    column = KeyColumn(dtype="int64", lengths=np.arange(10))
+    assert column.lengths.dtype == np.int32
+    assert column.sizes.dtype == np.int64
+    assert KeyColumn(dtype="int64", lengths=[MAX_LENGTH] * 4, counts=[4]).sizes.tolist() == [4 * MAX_LENGTH]

@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from trainmaster.api.algorithms import KLEstimator, LossNormalisation, PolicyLoss
-from trainmaster.api.batch import plan_microbatches
+from trainmaster.api.balance import plan_microbatches
 from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.grpo import GRPO

@@ -60,7 +60,8 @@ def test_what_is_needed_arrives_once_and_nothing_that_is_held_is_sent(drawn: tup
         arrives: Counter[tuple[str, str]] = Counter()
         if rank in plan:
             for parcel in plan[rank].receives:
-                arrives.update(cells(parcel.samples))
+                for block in parcel.blocks:
+                    arrives.update(cells(block))
         samples, keys = needs.get(rank, (chosen([], ()), ()))
         wanted = {
             (sequence, key) for sequence in samples.ids for key in keys if rank not in held[int(sequence[1:]), key]
@@ -79,8 +80,8 @@ def test_sends_and_receives_mirror_each_other_in_order(drawn: tuple[Storage, Hel
         sends = plan[source].sends if source in plan else ()
         receives = plan[target].receives if target in plan else ()
         return (
-            [parcel.samples for parcel in sends if parcel.peer == target],
-            [parcel.samples for parcel in receives if parcel.peer == source],
+            [block for parcel in sends if target in parcel.peers for block in parcel.blocks],
+            [block for parcel in receives if parcel.peers == (source,) for block in parcel.blocks],
         )
 
     for source in range(NUM_RANKS):
@@ -97,10 +98,10 @@ def test_only_holders_send_and_metadata_stays_true(drawn: tuple[Storage, Held, N
     storage, held, needs = drawn
     for rank, part in plan_redistribution(needs, storage, tag=0).items():
         assert part.sends or part.receives
-        for parcel in part.sends:
-            positions = [int(sequence[1:]) for sequence in parcel.samples.ids]
-            assert parcel.samples == chosen(positions, tuple(parcel.samples.keys))
-            assert all(rank in held[position, key] for position in positions for key in parcel.samples.keys)
+        for block in (block for parcel in part.sends for block in parcel.blocks):
+            positions = [int(sequence[1:]) for sequence in block.ids]
+            assert block == chosen(positions, tuple(block.keys))
+            assert all(rank in held[position, key] for position in positions for key in block.keys)
 
 
 def test_receivers_are_spread_over_holders():
@@ -109,8 +110,8 @@ def test_receivers_are_spread_over_holders():
         storage.add(rank, chosen([0], ("tokens",)))
     plan = plan_redistribution({rank: (EVERYTHING.select([0]), ("tokens",)) for rank in (2, 3)}, storage, tag=0)
     parcel = chosen([0], ("tokens",))
-    assert plan[0].sends == (Parcel(peer=2, samples=parcel),)
-    assert plan[1].sends == (Parcel(peer=3, samples=parcel),)
+    assert plan[0].sends == (Parcel(peers=(2,), blocks=(parcel,)),)
+    assert plan[1].sends == (Parcel(peers=(3,), blocks=(parcel,)),)
 
 
 def test_a_worker_with_no_part_is_left_out():

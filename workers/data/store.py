@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def describe(values: dict[str, list[Tensor]], ids: Iterable[str]) -> Samples:
     columns = {
         key: KeyColumn(
             dtype=str(tensors[0].dtype).removeprefix("torch."),
-            lengths=tuple(len(tensor) for tensor in tensors),
+            lengths=np.asarray([len(tensor) for tensor in tensors], np.int32),
             trailing=tuple(tensors[0].shape[1:]),
         )
         for key, tensors in values.items()

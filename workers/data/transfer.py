@@ -15,11 +15,17 @@ from .store import Store
 
 def redistribute(plan: Redistribute, store: Store, group: Group) -> None:
     """Sends and receives this worker's parcels. Sends do not wait for each other, so no order can deadlock."""
-    sendings = [group.send(_pack(parcel.samples, store), parcel.peer, plan.tag) for parcel in plan.sends]
+    sendings = [
+        group.send(_pack(block, store), peer, plan.tag)
+        for parcel in plan.sends
+        for block in parcel.blocks
+        for peer in parcel.peers
+    ]
     for parcel in plan.receives:
-        buffer = torch.empty(_num_bytes(parcel.samples), dtype=torch.uint8)
-        group.receive(buffer, parcel.peer, plan.tag)
-        _unpack(parcel.samples, buffer, store)
+        for block in parcel.blocks:
+            buffer = torch.empty(_num_bytes(block), dtype=torch.uint8)
+            group.receive(buffer, parcel.peers[0], plan.tag)
+            _unpack(block, buffer, store)
     for sending in sendings:
         sending.wait()
 
@@ -38,7 +44,7 @@ def _unpack(samples: Samples, buffer: Tensor, store: Store) -> None:
     at = 0
     for key in _by_width(samples):
         column = samples.keys[key]
-        for sequence, length in zip(samples.ids, column.lengths, strict=True):
+        for sequence, length in zip(samples.ids, samples.sizes(key), strict=True):
             num_bytes = length * _bytes_per_token(column)
             values = buffer[at : at + num_bytes].view(_dtype(column)).view(length, *column.trailing)
             store.put(sequence, key, values.clone())  # its own memory: releasing one sequence frees it
@@ -50,7 +56,7 @@ def _by_width(samples: Samples) -> list[str]:
 
 
 def _num_bytes(samples: Samples) -> int:
-    return sum(sum(column.lengths) * _bytes_per_token(column) for column in samples.keys.values())
+    return sum(int(column.sizes.sum()) * _bytes_per_token(column) for column in samples.keys.values())
 
 
 def _bytes_per_token(column: KeyColumn) -> int:

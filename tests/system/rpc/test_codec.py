@@ -76,16 +76,22 @@ def tuples(items: st.SearchStrategy, max_size: int = 3) -> st.SearchStrategy:
     return st.lists(items, max_size=max_size).map(tuple)
 
 
-samples = st.builds(
-    Samples,
-    ids=tuples(text),
-    keys=st.dictionaries(
-        text,
-        st.builds(KeyColumn, dtype=text, lengths=tuples(integers), trailing=tuples(integers)),
-        max_size=2,
-    ),
+lengths = st.integers(0, 2**31 - 1)
+
+
+def columns(num_samples: int) -> st.SearchStrategy[KeyColumn]:
+    return st.builds(
+        KeyColumn,
+        dtype=text,
+        lengths=st.lists(lengths, min_size=num_samples, max_size=num_samples),
+        trailing=tuples(counts),
+    )
+
+
+samples = tuples(text).flatmap(
+    lambda ids: st.builds(Samples, ids=st.just(ids), keys=st.dictionaries(text, columns(len(ids)), max_size=2))
 )
-parcels = st.builds(Parcel, peer=integers, samples=samples)
+parcels = st.builds(Parcel, peers=tuples(integers), blocks=tuples(samples, 2))
 redistributes = st.builds(Redistribute, tag=counts, sends=tuples(parcels, 2), receives=tuples(parcels, 2))
 hooks = st.one_of(redistributes, st.builds(Save, model=text, directory=text))
 commands = st.one_of(
@@ -224,7 +230,7 @@ REQUEST = Request(
         call="train",
         microbatches=(Samples(ids=("a", "b"), keys={"tokens": COLUMN}),),
     ),
-    pre_hooks=(Redistribute(tag=1, sends=(Parcel(peer=1, samples=Samples(ids=("a",), keys={})),)),),
+    pre_hooks=(Redistribute(tag=1, sends=(Parcel(peers=(1,), blocks=(Samples(ids=("a",), keys={}),)),)),),
     post_hooks=(Save(model="actor", directory="here"),),
 )
 
@@ -425,16 +431,18 @@ def test_a_body_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch):
         codec.encode_body(Refuse(reason="x" * 30))
 
 
-def test_arrays_travel_in_frames_of_their_own():
+def test_arrays_come_back_as_they_were_and_the_large_in_frames_of_their_own():
     made = [
         np.zeros((0, 3), "int64"),
         np.array(True),
         np.arange(24, dtype="float16").reshape(2, 3, 4),
         np.arange(10, dtype="uint64")[::2],
-        *(np.ones(3, dtype) for dtype in codec.DTYPES),
+        np.arange(2**14, dtype="float16").reshape(2, 2**12, 2),
+        np.arange(2**14, dtype="uint64")[::2],
+        *(np.ones(num_values, dtype) for dtype in codec.DTYPES for num_values in (3, 5000)),
     ]
     body = codec.encode_body(echo(made))
-    assert [len(frame) for frame in body[1:]] == [array.nbytes for array in made]
+    assert [len(frame) for frame in body[1:]] == [array.nbytes for array in made if array.nbytes > 4096]
     back = codec.decode_body(body)
     assert isinstance(back, Request)
     assert isinstance(back.command, Echo)
@@ -482,14 +490,32 @@ def test_an_array_that_is_not_what_its_frame_holds_is_refused(head: bytes, messa
         codec.decode_body([msgpack.packb(content), bytes(4)])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "head says that it has 0"),
+        (array_head(1, FLOAT32, 1)[:-1], "head says that it has 1"),
+        (array_head(9, FLOAT32, *[1] * 9) + bytes(4), "head says that it has 9"),
+        (array_head(1, FLOAT32, 2) + bytes(4), "in 4 bytes"),
+        (array_head(2, FLOAT32, 2**62, 4), "in 0 bytes"),
+        (array_head(1, len(codec.DTYPES), 1) + bytes(4), "an array of type 12"),
+    ],
+)
+def test_a_small_array_that_is_not_what_its_head_says_is_refused(content: bytes, message: str):
+    told = msgpack.unpackb(body_of(echo([])))
+    told["command"]["content"] = [msgpack.ExtType(2, content)]
+    with pytest.raises(ProtocolError, match=message):
+        decoded(msgpack.packb(told))
+
+
 def test_every_frame_is_read_and_none_twice():
-    body = codec.encode_body(echo([np.ones(3)]))
+    body = codec.encode_body(echo([np.ones(600)]))
     with pytest.raises(ProtocolError, match="2 arrays came, 1 are in the message"):
         codec.decode_body([*body, b""])
     with pytest.raises(ProtocolError, match="an array in frame 0 of 0"):
         codec.decode_body(body[:1])
     with pytest.raises(ProtocolError, match="holds at most 64"):
-        codec.encode_body(echo([np.ones(1)] * (codec.MAX_ARRAYS + 1)))
+        codec.encode_body(echo([np.ones(600)] * (codec.MAX_ARRAYS + 1)))
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ def transferred(ids: list[str], values: dict[str, list[Tensor]]) -> tuple[Store,
     post: Post = {}
     sender, receiver = Store(), Store()
     samples = put(sender, ids, values)
-    redistribute(Redistribute(tag=5, sends=(Parcel(peer=1, samples=samples),)), sender, Loopback(0, post))
+    redistribute(Redistribute(tag=5, sends=(Parcel(peers=(1,), blocks=(samples,)),)), sender, Loopback(0, post))
     sent = {address: deque(queue) for address, queue in post.items()}
-    redistribute(Redistribute(tag=5, receives=(Parcel(peer=0, samples=samples),)), receiver, Loopback(1, post))
+    redistribute(Redistribute(tag=5, receives=(Parcel(peers=(0,), blocks=(samples,)),)), receiver, Loopback(1, post))
     return receiver, sent
 
 
@@ -147,10 +147,10 @@ def test_both_ways_at_once_and_every_send_is_waited_for():
     parts = [put(stores[rank], [f"s{rank}"], {"tokens": [torch.tensor([rank, 7])]}) for rank in (0, 1)]
     for rank in (0, 1):
         redistribute(
-            Redistribute(tag=1, sends=(Parcel(peer=1 - rank, samples=parts[rank]),)), stores[rank], groups[rank]
+            Redistribute(tag=1, sends=(Parcel(peers=(1 - rank,), blocks=(parts[rank],)),)), stores[rank], groups[rank]
         )
     for rank in (0, 1):
-        plan = Redistribute(tag=1, receives=(Parcel(peer=1 - rank, samples=parts[1 - rank]),))
+        plan = Redistribute(tag=1, receives=(Parcel(peers=(1 - rank,), blocks=(parts[1 - rank],)),))
         redistribute(plan, stores[rank], groups[rank])
         assert stores[rank].get(f"s{1 - rank}", "tokens").tolist() == [1 - rank, 7]
     assert all(sending.is_waited_for for group in groups for sending in group.sendings)
@@ -162,8 +162,8 @@ def test_several_parcels_of_one_pair_keep_their_order():
     sender, receiver = Store(), Store()
     first = put(sender, ["a"], {"tokens": [torch.tensor([1, 2])]})
     second = put(sender, ["b"], {"tokens": [torch.tensor([3])], "mask": [torch.tensor([True])]})
-    sends = tuple(Parcel(peer=1, samples=samples) for samples in (first, second))
-    receives = tuple(Parcel(peer=0, samples=samples) for samples in (first, second))
+    sends = tuple(Parcel(peers=(1,), blocks=(samples,)) for samples in (first, second))
+    receives = tuple(Parcel(peers=(0,), blocks=(samples,)) for samples in (first, second))
     redistribute(Redistribute(tag=1, sends=sends), sender, Loopback(0, post))
     redistribute(Redistribute(tag=1, receives=receives), receiver, Loopback(1, post))
     assert receiver.get("a", "tokens").tolist() == [1, 2]
@@ -173,4 +173,4 @@ def test_several_parcels_of_one_pair_keep_their_order():
 def test_sending_what_is_not_held_is_our_own_mistake():
     samples = put(Store(), ["a"], {"tokens": [torch.tensor([1])]})
     with pytest.raises(AssertionError, match="the plan says that this worker holds tokens of a"):
-        redistribute(Redistribute(tag=1, sends=(Parcel(peer=1, samples=samples),)), Store(), Loopback(0, {}))
+        redistribute(Redistribute(tag=1, sends=(Parcel(peers=(1,), blocks=(samples,)),)), Store(), Loopback(0, {}))

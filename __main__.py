@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--workers", type=int, metavar="N", help="how many (as many as the experiment FILE asks for)")
     keys.add_argument("--revoke", default="", metavar="NAME", help="worker-N or operator: let its key in no more")
     add("check", _check, "check an experiment and its files; start nothing")
-    add("graph", _graph, "print an experiment's models and dataflow graph")
+    graph = add("graph", _graph, "print an experiment's models and dataflow graph, or draw it")
+    graph.add_argument("--out", type=Path, metavar="SVG", help="draw it into this file")
     return parser
 
 
@@ -287,8 +288,14 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _graph(options: argparse.Namespace, overrides: list[str]) -> int:
     from .system.describe import describe
+    from .system.drawing import draw
 
-    print(describe(_load(options, overrides, "graph").compiled))
+    compiled = _load(options, overrides, "graph").compiled
+    if options.out is None:
+        print(describe(compiled))
+    else:
+        options.out.write_text(draw(compiled), encoding="utf-8")
+        print(f"drew {options.out}")
     return 0
 
 

@@ -46,6 +46,8 @@ class MasterClock:
         self._difference_s = math.inf
 
     def note(self, sent_s: float, received_s: float) -> None:
+        if not math.isfinite(sent_s):
+            return
         if len(self._differences) == _CLOCK_SAMPLES and self._differences[0] == self._difference_s:
             self._difference_s = min(list(self._differences)[1:])
         self._differences.append(received_s - sent_s)

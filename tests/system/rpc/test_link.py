@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -119,3 +120,11 @@ def test_only_the_last_messages_count(differences: list[float]):
     for difference in differences:
         clock.note(0.0, difference)
     assert clock.age(0.0, 0.0) == -min(differences[-256:])
+
+
+@pytest.mark.parametrize("absurd", [math.nan, math.inf, -math.inf])
+def test_a_time_that_is_none_says_nothing(absurd: float):
+    clock = MasterClock()
+    clock.note(absurd, 1.0)
+    clock.note(100.0, 140.0)
+    assert clock.age(100.0, 145.0) == 5.0

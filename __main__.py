@@ -116,7 +116,9 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
         command = add(name, _operate, text)
         command.add_argument("--json", action="store_true", help="for programs")
         if name == "status":
-            command.add_argument("-f", "--follow", action="store_true", help="again every second, until it ends")
+            command.add_argument(
+                "-f", "--follow", action="store_true", help="every second, until it ends; then how it ended"
+            )
     command = add("logs", _operate, "show the logs of a run's services, by time")
     command.add_argument("worker", nargs="?", metavar="WORKER", help="a worker's rank, or master")
     command.add_argument("-f", "--follow", action="store_true", help="go on as they grow, until the run ends")
@@ -128,7 +130,7 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _operate(options: argparse.Namespace, rest: list[str]) -> int:
     from .system import operate
-    from .system.rpc.messages import Order
+    from .system.rpc.inquiries import Order
 
     command = options.parser.prog.split()[-1]
     if rest:

@@ -68,17 +68,21 @@ class Interrupted(TrainmasterError):
 class RunError(TrainmasterError):
     """The run failed after it started. Its notes say where it was."""
 
-    likely: ClassVar[str] = ""
+    likely: str = ""
     """What it usually comes from, and what to do then."""
 
 
 class WorkerLost(RunError):
-    """A worker died, fell silent or closed its connection."""
+    """A worker died, fell silent or closed its connection; or was given up for a reason of its own, `likely`'s."""
 
     likely = (
         "its process was killed (out of memory?), crashed in native code, or its host was cut off. Look at the end of "
         "its output and log, and at the kernel's log on its host"
     )
+
+    def __init__(self, message: str, likely: str = "") -> None:
+        super().__init__(message)
+        self.likely = likely or self.likely
 
 
 class PeerLost(RunError):

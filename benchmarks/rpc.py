@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import zmq
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc.client import Client
 from trainmaster.system.rpc.commands import Command, Echo, Echoed, Result
 from trainmaster.system.rpc.messages import Heartbeat, Register, Welcome
@@ -296,13 +296,13 @@ def swarm(address: str, seconds: float) -> None:
     """SWARM workers in one process: they register, and then send heartbeats."""
     context = zmq.Context()
     context.setsockopt(zmq.MAX_SOCKETS, SWARM + 16)
-    beat = codec.encode(Heartbeat(run="bench", epoch=1), codec.Envelope(epoch=1))
+    beat = codec.encode(Heartbeat(run="bench", epoch=1), framing.Envelope(epoch=1))
     sockets, poller = [], zmq.Poller()
     for rank in range(SWARM):
         dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.ROUTING_ID, register_of(rank).incarnation.encode())
         dealer.connect(address)
-        dealer.send_multipart(codec.encode(register_of(rank), codec.Envelope(epoch=0)))
+        dealer.send_multipart(codec.encode(register_of(rank), framing.Envelope(epoch=0)))
         poller.register(dealer, zmq.POLLIN)
         sockets.append(dealer)
     end_s, next_s = time.monotonic() + seconds, time.monotonic() + 1

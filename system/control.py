@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from .rpc.messages import Inquire, Order, RunStatus
+from .rpc.inquiries import Inquire, Order, RunStatus
 from .rpc.server import Server
 from .service.figures import health_of
 from .service.health import Latest

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -17,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..api.errors import ConfigError, RunError
-from .rpc.messages import Order, RunStatus, WorkerState
-from .service.inquiry import ask, way_to
-from .service.lifecycle import Entry, read_entry
+from .rpc.inquiries import Order, RunStatus, WorkerState
+from .service.inquiry import ask, find_run, way_to
+from .service.lifecycle import Entry, State, read_entry
 
 _REFRESH_S = 1.0
 _SHOWN_VALUES = 6
+_UNCUT = 10_000
+"""Columns where no terminal has a say."""
 _STATUS: TypeAdapter[RunStatus] = TypeAdapter(RunStatus)
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
 
@@ -42,27 +44,47 @@ def ps(directory: Path, as_json: bool) -> None:
 
 
 def status(run: str, directory: Path, own: Path | None, follow: bool, as_json: bool) -> None:
-    """What a run is at; with `follow`, again every second until it ends."""
+    """What a run is at; with `follow`, again every second until it ends, and then how it ended.
+
+    Raises `RunError` if a run that is followed fails or is lost, or if its master is gone and nothing here says why.
+    """
     address, keys = way_to(run, directory, own)
     found = ask(address, Order.STATUS, keys=keys)
-    if as_json:
-        _say(_STATUS.dump_json(found).decode())
-    elif not follow:
-        _console().print(_shown(found))
     if not follow:
+        (_say_json if as_json else _say_block)(found)
         return
-    live = None if as_json else Live(_shown(found), console=_console(), auto_refresh=False)
-    with contextlib.nullcontext() if live is None else live:
-        while True:
-            time.sleep(_REFRESH_S)
-            try:
+    with _following(as_json) as show:
+        try:
+            while True:
+                show(found)
+                time.sleep(_REFRESH_S)
                 found = ask(address, Order.STATUS, keys=keys)
-            except RunError:
-                break  # it has ended
-            if live is None:
-                _say(_STATUS.dump_json(found).decode())
-            else:
-                live.update(_shown(found), refresh=True)
+        except RunError as error:
+            gone = error
+    entry = None if "://" in run else find_run(run, directory)[1]
+    if entry is None or not entry.state.is_final:
+        raise RunError(f"{found.run}: its master is gone, or does not answer any more ({gone})")
+    if as_json:
+        _say(_ENTRY.dump_json(entry).decode())
+    reason = "its process is gone and has not said how it ended" if entry.state is State.LOST else entry.reason
+    end = f"{entry.run}: {entry.state}" + (f": {reason}" if reason else "")
+    if entry.state is not State.STOPPED:
+        raise RunError(end)
+    if not as_json:
+        _say(end)
+
+
+@contextlib.contextmanager
+def _following(as_json: bool) -> Iterator[Callable[[RunStatus], None]]:
+    """Shows one status in the place of the last on a terminal, one after the other elsewhere."""
+    console = Console(highlight=False)
+    if as_json:
+        yield _say_json
+    elif not console.is_terminal:
+        yield lambda found: _say_block(found, "")
+    else:
+        with Live(console=console, auto_refresh=False) as live:
+            yield lambda found: live.update(_shown(found), refresh=True)
 
 
 def order(run: str, directory: Path, own: Path | None, what: Order) -> None:
@@ -130,14 +152,26 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _say_json(status: RunStatus) -> None:
+    _say(_STATUS.dump_json(status).decode())
+
+
+def _say_block(status: RunStatus, *more: str) -> None:
+    _console().print(_shown(status), *more, sep="\n")
+    sys.stdout.flush()
+
+
 def _console() -> Console:
-    return Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = _UNCUT
+    return console
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(Text(column, style="bold"))
+        table.add_column(Text(column, style="bold"), overflow="fold")
     return table
 
 

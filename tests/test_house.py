@@ -59,6 +59,15 @@ def test_api_system_and_the_command_line_are_torch_free_at_import():
     assert out.strip() == "[]"
 
 
+def test_a_command_of_operators_imports_little():
+    """It is imports that such a command takes its time for."""
+    out = fresh_interpreter(
+        "import sys, trainmaster.system.operate\n"
+        "print([name for name in ('numpy', 'asyncio', 'trainmaster.system.rpc.commands') if name in sys.modules])\n"
+    )
+    assert out.strip() == "[]"
+
+
 def test_importing_the_package_imports_nothing_of_ours():
     out = fresh_interpreter(
         "import sys, trainmaster\nprint([name for name in sys.modules if name.startswith('trainmaster.')])"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -47,6 +48,7 @@ class ProgressLine:
                 BarColumn(bar_width=24),
                 TextColumn("{task.description}"),
                 console=self.console,
+                redirect_stderr=sys.stderr.isatty(),  # in a file, its lines are in nobody's way
             )
             self._progress.start()
             self._task = self._progress.add_task("", total=num_steps)

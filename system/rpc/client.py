@@ -23,20 +23,20 @@ import zmq
 
 from ...api.errors import ConfigError, ProtocolError, RunError
 from ..service.keys import ClientKeys
-from . import codec
+from . import codec, framing
 from .dealer import HANDSHAKE_FAILED, Dealer, suspicion
 from .drops import Drops
+from .framing import PROTOCOL_VERSION
+from .inquiries import Refuse
 from .link import Link, MasterClock
 from .messages import (
     HEARTBEAT_S,
-    PROTOCOL_VERSION,
     Cancel,
     Executing,
     Heartbeat,
     Lane,
     Message,
     Ping,
-    Refuse,
     Register,
     Reply,
     Request,
@@ -65,13 +65,15 @@ class Client:
         for its other members may be gone. Requests of the new one follow."""
         self.on_tick: Callable[[], None] = lambda: None
         """Called on the I/O thread about every second, as long as it goes round."""
+        self._begins_anew = False
+        """Whether `on_epoch` is due."""
         self._requests: dict[Lane, queue.SimpleQueue[Request | None]] = {lane: queue.SimpleQueue() for lane in Lane}
         self._answers: queue.SimpleQueue[Welcome | Refuse | Shutdown | ConfigError] = queue.SimpleQueue()
         self.current: Welcome | None = None
         """The last welcome: of the epoch whose requests are executed."""
         self._turn = threading.Lock()
         """Whose holder may use the link and the dealer."""
-        self._link: Link[codec.Body] = Link()
+        self._link: Link[framing.Body] = Link()
         self._clock = MasterClock()
         self._executing: dict[int, float] = {}
         """Since when, by request."""
@@ -81,6 +83,8 @@ class Client:
         """Handshakes that failed, since the last that did not."""
         self._again_s: float | None = None
         """When to connect anew: ZeroMQ does not, after some failures."""
+        self._refusal = ""
+        """Why the master has not let this worker in yet, and may later."""
         self._is_heard = threading.Event()
         """Whether the master of the current epoch was heard on this connection."""
         self.shutdown: Shutdown | None = None
@@ -92,10 +96,15 @@ class Client:
         self._thread.start()
 
     def welcome(self, deadline_s: float) -> Welcome:
-        """Waits for the master's answer to the registration. Raises `ConfigError` if it refuses this worker."""
+        """Waits for the master's answer to the registration. Raises `ConfigError` if it refuses this worker.
+
+        What it refuses for now, such as a key that is still in use, is asked again each second until the deadline.
+        """
         try:
             answer = self._answers.get(timeout=deadline_s)
         except queue.Empty:
+            if self._refusal:
+                raise self._refused(self._refusal) from None
             why = f". {self._num_failed} connections to it ended in the handshake: {suspicion(self._keys)}"
             raise RunError(
                 f"no master answered at {self._master} within {deadline_s:g} s (run.deadlines.register_s)"
@@ -105,13 +114,14 @@ class Client:
             case Welcome():
                 return answer
             case Refuse():
-                raise ConfigError(
-                    "--master", self._master, f"the master refused this worker: {answer.reason}", "see there"
-                )
+                raise self._refused(answer.reason)
             case Shutdown():
                 raise RunError(f"the master is shutting down: {answer.reason}")
             case ConfigError():
                 raise answer
+
+    def _refused(self, reason: str) -> ConfigError:
+        return ConfigError("--master", self._master, f"the master refused this worker: {reason}", "see there")
 
     def next_request(self, lane: Lane) -> tuple[Request, float] | None:
         """Waits for the lane's next request, and returns it with the seconds that are left to it.
@@ -184,6 +194,9 @@ class Client:
                     said_s = now_s
                     self._say(self._heartbeat(now_s) if self.current is not None else self._register)
                 is_readable = self._dealer.is_readable
+            if self._begins_anew:
+                self._begins_anew = False
+                self.on_epoch()
             if said_s == now_s:
                 self.on_tick()
         self._wind_up(self.shutdown)
@@ -209,9 +222,9 @@ class Client:
         if self._disconnected_s is None:
             self._transmit(0, codec.encode_body(message))
 
-    def _transmit(self, order: int, body: codec.Body) -> None:
+    def _transmit(self, order: int, body: framing.Body) -> None:
         epoch = 0 if self.current is None else self.current.epoch
-        envelope = codec.Envelope(epoch, order, self._link.received, time.monotonic())
+        envelope = framing.Envelope(epoch, order, self._link.received, time.monotonic())
         self._dealer.send(envelope.around(body))
 
     def _follow(self, event: int) -> None:
@@ -228,6 +241,7 @@ class Client:
         else:
             while (frames := self._dealer.receive()) is not None:  # its last words: a shutdown is no loss
                 self._receive(frames)
+            self._refusal = ""
             if self._disconnected_s is None:  # a handshake that fails is no sign of the master's life
                 self._disconnected_s = time.monotonic()
             self._is_heard.clear()
@@ -250,9 +264,9 @@ class Client:
         if now_s - self._disconnected_s > self.current.orphan_s:
             self._leave("the master closed its connection, or fell silent, and did not come back")
 
-    def _receive(self, frames: list[codec.Frame]) -> None:
+    def _receive(self, frames: list[framing.Frame]) -> None:
         try:
-            envelope, body = codec.opened(frames)
+            envelope, body = framing.opened(frames)
             if envelope.version != PROTOCOL_VERSION:
                 raise ProtocolError(f"protocol version {envelope.version}, not {PROTOCOL_VERSION}")
             if self.current is not None and envelope.epoch == self.current.epoch:
@@ -260,9 +274,10 @@ class Client:
                 if not self._is_heard.is_set():
                     self._is_heard.set()
             if envelope.order == 0:
-                self._hear(codec.decode_body(body))
-                if self.current is not None and envelope.epoch == self.current.epoch:
+                message = codec.decode_body(body)
+                if isinstance(message, Ping) and self.current is not None and envelope.epoch == self.current.epoch:
                     self._clock.note(envelope.sent_s, time.monotonic())
+                self._hear(message)
             elif self.current is None or envelope.epoch != self.current.epoch:
                 self._drops.note(f"it was of epoch {envelope.epoch}", time.monotonic())
             else:
@@ -276,6 +291,10 @@ class Client:
         match message:
             case Welcome():
                 self._begin(message)
+            case Refuse() if message.again and self.current is None:  # it goes on to register
+                if message.reason != self._refusal:
+                    logger.warning("not let in yet: %s. It is asked again each second", message.reason)
+                self._refusal = message.reason
             case Refuse():
                 self._answers.put(message)
                 if self.current is not None:
@@ -283,7 +302,7 @@ class Client:
             case Shutdown() if self.current is None:
                 self._answers.put(message)
             case Ping():
-                pass
+                self._refusal = ""  # said to those who are in
             case _:
                 self._drops.note(f"a {message.type} is not what a master says outside of a link", time.monotonic())
 
@@ -301,7 +320,7 @@ class Client:
             self._answers.put(welcome)
         else:
             logger.info("epoch %d begins: this worker is rank %d now", welcome.epoch, welcome.rank)
-            self.on_epoch()
+            self._begins_anew = True
 
     def _obey(self, message: Message) -> None:
         """What comes through the link."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import sys
 from collections.abc import Iterator
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from ..service.keys import ClientKeys
-from . import codec
+from . import framing
 
 HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -33,7 +33,7 @@ def dealer_to(
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, linger_ms)
     dealer.setsockopt(zmq.IPV6, "[" in master)
-    dealer.setsockopt(zmq.MAXMSGSIZE, codec.MAX_FRAME_BYTES)
+    dealer.setsockopt(zmq.MAXMSGSIZE, framing.MAX_FRAME_BYTES)
     if keys is not None:
         keys.secure(dealer)
     return dealer
@@ -44,6 +44,12 @@ def suspicion(keys: ClientKeys | None) -> str:
     if keys is None:
         return "it likely asks for keys, and none were given"
     return f"{keys.file} is likely of another run, or this master has no keys"
+
+
+def next_event(monitor: zmq.Socket[bytes]) -> int:
+    """Of those that a monitor tells. (`zmq.utils.monitor` does the same, and imports asyncio.)"""
+    described, _ = monitor.recv_multipart()
+    return int.from_bytes(described[:2], sys.byteorder)
 
 
 class Dealer:
@@ -75,7 +81,7 @@ class Dealer:
     def _connect(self, silence_s: float) -> None:
         """The router gives each connection a name, and `Register` says whose it is."""
         self._socket = dealer_to(self._master, self._context, self._keys, _LINGER_MS)
-        self._socket.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
+        self._socket.setsockopt(zmq.RCVHWM, framing.QUEUED_MESSAGES)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
@@ -110,22 +116,22 @@ class Dealer:
         """Whether there is a message."""
         return _is_readable(self._socket)
 
-    def receive(self) -> list[codec.Frame] | None:
+    def receive(self) -> list[framing.Frame] | None:
         """The frames of the next message, if there is one."""
         try:
-            return codec.receive(self._socket)
+            return framing.receive(self._socket)
         except zmq.Again:
             return None
 
-    def send(self, frames: list[codec.Frame]) -> None:
+    def send(self, frames: list[framing.Frame]) -> None:
         """If there is no connection yet, or its queue is full, it is lost."""
         with contextlib.suppress(zmq.Again):
-            codec.send(self._socket, frames)
+            framing.send(self._socket, frames)
 
     def events(self) -> Iterator[int]:
         """Handshakes that succeeded or failed, and connections that were closed."""
         while _is_readable(self._monitor):
-            yield recv_monitor_message(self._monitor)["event"]
+            yield next_event(self._monitor)
 
 
 def _is_readable(socket: zmq.Socket[bytes]) -> bool:

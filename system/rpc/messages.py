@@ -23,10 +23,9 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter
 
 from ...api.record import message, record
-from ..service.lifecycle import State
 from .commands import Command, Hook, Result, ShardFile
+from .inquiries import Inquire, Refuse, RunStatus
 
-PROTOCOL_VERSION = 4
 Word = Annotated[str, Field(max_length=256, pattern=r"^\P{Cc}*$")]
 """What ends up in logs: short, and on one line."""
 HEARTBEAT_S = 1.0
@@ -136,12 +135,6 @@ class Welcome:
 
 
 @record
-class Refuse:
-    type: Literal["refuse"] = "refuse"
-    reason: str
-
-
-@record
 class Ping:
     type: Literal["ping"] = "ping"
 
@@ -180,69 +173,6 @@ class Shutdown:
     is_done: bool
     """Whether the run came to its end, rather than failed."""
     reason: str
-
-
-class Order(StrEnum):
-    """What a person may ask of a run."""
-
-    STATUS = "status"
-    PAUSE = "pause"
-    UNPAUSE = "unpause"
-    STOP = "stop"
-    """After the step that is under way, with a checkpoint."""
-    STOP_NOW = "stop_now"
-
-
-@record
-class Inquire:
-    """From a command such as `trainmaster status`, which is no worker. Answered by `RunStatus`, or `Refuse`."""
-
-    type: Literal["inquire"] = "inquire"
-    order: Order
-
-
-class WorkerState(StrEnum):
-    """What a worker is at, as its master knows it."""
-
-    IDLE = "idle"
-    BUSY = "busy"
-    UNRESPONSIVE = "unresponsive"
-    """Its interpreter lets it say nothing."""
-
-
-@record
-class WorkerStatus:
-    rank: int | None
-    """None until all workers have come."""
-    host: str
-    pid: int
-    state: WorkerState
-    call: str = ""
-    """What it is at, as errors would name it."""
-    call_s: NonNegativeFloat = 0.0
-    heard_s: NonNegativeFloat
-    """Since it was heard."""
-
-
-@record
-class RunStatus:
-    type: Literal["run_status"] = "run_status"
-    run: str
-    state: State
-    state_s: NonNegativeFloat
-    """For how long."""
-    up_s: NonNegativeFloat
-    epoch: NonNegativeInt
-    host: str
-    pid: int
-    num_workers: int
-    workers: tuple[WorkerStatus, ...]
-    """Those that are there."""
-    step: NonNegativeInt
-    """The step that is under way, or was last."""
-    num_steps: NonNegativeInt
-    values: dict[str, Annotated[float, Field(allow_inf_nan=True)]]
-    """Of the last step that was finished."""
 
 
 Message = Annotated[

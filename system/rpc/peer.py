@@ -16,6 +16,7 @@ from ...api.errors import (
     DataError,
     DeadlineExceeded,
     ModelError,
+    ProtocolError,
     RemoteError,
     RewardError,
     RunError,
@@ -23,22 +24,10 @@ from ...api.errors import (
 )
 from ..service.keys import Holder, Role
 from ..service.logs import at
-from . import codec
+from . import framing
+from .inquiries import Inquire, Refuse, WorkerState, WorkerStatus
 from .link import Link
-from .messages import (
-    HEARTBEAT_S,
-    Executing,
-    Failure,
-    Inquire,
-    Message,
-    Register,
-    Reply,
-    Success,
-    Welcome,
-    WorkerState,
-    WorkerStatus,
-    stacks_name,
-)
+from .messages import HEARTBEAT_S, Executing, Failure, Message, Register, Reply, Success, Welcome, stacks_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +41,40 @@ class Answer:
 
     success: Success
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why a worker is given up."""
+
+    what: str
+    """It did, or was done to it."""
+    meaning: str = ""
+    likely: str = ""
+    """Where it comes from and what to do, where that is not what a worker's death comes from."""
+
+
+CLOSED = Loss("closed its connection", "it died or was cut off")
+REVOKED = Loss(
+    "had its key revoked",
+    likely="somebody ran `trainmaster keys --revoke`, or removed its key from the list `allowed` of the run's keys. If "
+    "that was not meant, make it another key, and start it with that",
+)
+
+
+def silent(silent_s: float) -> Loss:
+    """For longer than it may be."""
+    what = f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)"
+    return Loss(what, "it died or was cut off")
+
+
+def unreadable(error: ProtocolError) -> Loss:
+    """It sent what is no message of ours."""
+    return Loss(
+        f"sent what cannot be read ({error})",
+        likely="it runs another state of Trainmaster's code than the master: install the same on all hosts. If it does "
+        "not, this is a defect of ours",
+    )
 
 
 class Asked(asyncio.Future[Answer]):
@@ -93,7 +116,7 @@ class Peer:
     register: Register
     last_heard_s: float
     rank: int | None = None
-    link: Link[codec.Body] = field(default_factory=Link)
+    link: Link[framing.Body] = field(default_factory=Link)
     welcome: Welcome | None = None
     """What it was told, or is still to hear. A worker sends heartbeats from its welcome on."""
     responsive: bool = True
@@ -197,14 +220,15 @@ class Peer:
             if not pending.answer.done():
                 pending.answer.set_exception(error)
 
-    def obituary(self, cause: str, now_s: float, log_directory: Path) -> RunError:
+    def obituary(self, loss: Loss, now_s: float, log_directory: Path) -> RunError:
         """What a lost worker died of. One that ended itself at a deadline left its stacks."""
         overdue = [pending for pending in self.pending.values() if now_s >= pending.start_s + pending.deadline_s]
         stacks = log_directory / stacks_name(self.register)
         if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
             return DeadlineExceeded(f"{self._late(overdue[0])}. It was here ({stacks}):\n{text}")
         during = ", ".join(dict.fromkeys(pending.name for pending in self.pending.values()))
-        return WorkerLost(f"{self} {cause}" + (f" during {during}" if during else "") + ": it died or was cut off")
+        what = f"{self} {loss.what}" + (f" during {during}" if during else "")
+        return WorkerLost(f"{what}: {loss.meaning}" if loss.meaning else what, loss.likely)
 
     def _late(self, pending: Pending) -> str:
         return f"{pending.name} on {self} took longer than its {pending.deadline_s:g} s (run.deadlines)"
@@ -240,20 +264,22 @@ class Roster:
         self.peers[peer.register.incarnation] = self.by_route[peer.route] = peer
         return None
 
-    def objection(self, sender: Holder | None, message: Message) -> str | None:
+    def objection(self, sender: Holder | None, message: Message) -> Refuse | None:
         """Why the holder of a key may not send this: each key is for one worker at a time, or for an operator."""
         if sender is None:
             return None
         if isinstance(message, Inquire) != (sender.role is Role.OPERATOR):
-            return f"{sender.name}'s key is not good for the message {message.type}"
+            return Refuse(reason=f"the key {sender.name} is not good for the message {message.type}")
         if isinstance(message, Register):
             known = self.peers.get(message.incarnation)
             if known is None:
                 known = next((peer for peer in self.peers.values() if peer.holder == sender), None)
                 if known is not None:
-                    return f"{sender.name}'s key is in use by {known}"
+                    reason = f"the key {sender.name} is in use by {known}"
+                    return Refuse(reason=reason, again=True)  # that one may be dead: it is not known at once
             elif known.holder != sender:
-                return f"{sender.name}'s key is not that of {known}, for which it wants to pass"
+                reason = f"the key {sender.name} is not that of {known}, for which it wants to pass"
+                return Refuse(reason=reason)
         return None
 
     def reroute(self, peer: Peer, route: bytes) -> None:

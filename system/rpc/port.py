@@ -14,7 +14,7 @@ import zmq
 
 from ...api.errors import ConfigError
 from ..service.keys import Holder, MasterKeys
-from . import codec
+from . import framing
 from .zap import Gate
 
 _PING_SHARE, _PONG_SHARE = 0.2, 0.6
@@ -41,9 +41,9 @@ class Port:
         router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.IPV6, "[" in address)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # to send to a closed connection is an error: how we learn of it
-        router.setsockopt(zmq.MAXMSGSIZE, codec.MAX_FRAME_BYTES)
-        router.setsockopt(zmq.SNDHWM, codec.QUEUED_MESSAGES)
-        router.setsockopt(zmq.RCVHWM, codec.QUEUED_MESSAGES)
+        router.setsockopt(zmq.MAXMSGSIZE, framing.MAX_FRAME_BYTES)
+        router.setsockopt(zmq.SNDHWM, framing.QUEUED_MESSAGES)
+        router.setsockopt(zmq.RCVHWM, framing.QUEUED_MESSAGES)
         # answered by ZeroMQ's own thread, whatever Python does at the other end
         router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
         router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
@@ -64,7 +64,7 @@ class Port:
         return 0 if self._gate is None else self._gate.num_refused
 
     def open(
-        self, take: Callable[[bytes, list[codec.Frame], Holder | None], None], refuse: Callable[[str], None]
+        self, take: Callable[[bytes, list[framing.Frame], Holder | None], None], refuse: Callable[[str], None]
     ) -> None:
         """Has every message passed on, with the name of its connection and, with keys, who sent it.
 
@@ -88,12 +88,12 @@ class Port:
         self._router.close(linger=round(1000 * linger_s))  # here, on the thread that uses it
         await asyncio.to_thread(self._context.term)
 
-    def send(self, route: bytes, frames: list[codec.Frame]) -> bool:
+    def send(self, route: bytes, frames: list[framing.Frame]) -> bool:
         """Whether the connection is there still. What a full queue does not take is lost."""
         if not self._is_open:
             return False
         try:
-            codec.send(self._router, [route, *frames])
+            framing.send(self._router, [route, *frames])
         except zmq.Again:
             pass
         except zmq.ZMQError as error:
@@ -121,10 +121,10 @@ class Port:
 
     def _pass_on(self) -> None:
         if self._gate is None:
-            self._take(self._router.recv(_NOBLOCK), codec.receive(self._router), None)
+            self._take(self._router.recv(_NOBLOCK), framing.receive(self._router), None)
         else:
             first = self._router.recv(_NOBLOCK, copy=False)
-            self._take(first.bytes, codec.receive(self._router), self._gate.sender(first))
+            self._take(first.bytes, framing.receive(self._router), self._gate.sender(first))
 
     def is_allowed(self, holder: Holder) -> bool:
         """Whether a key is still its holder's."""

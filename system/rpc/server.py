@@ -26,28 +26,14 @@ from typing import Any
 
 from ...api.errors import DeadlineExceeded, ProtocolError, RunError
 from ..service.keys import Holder, MasterKeys, Role
-from . import codec
+from . import codec, framing
 from .commands import Command, Hook
 from .drops import Drops
+from .framing import PROTOCOL_VERSION
+from .inquiries import Inquire, Refuse, RunStatus
 from .link import Link
-from .messages import (
-    HEARTBEAT_S,
-    PROTOCOL_VERSION,
-    Cancel,
-    Heartbeat,
-    Inquire,
-    Lane,
-    Message,
-    Ping,
-    Refuse,
-    Register,
-    Reply,
-    Request,
-    RunStatus,
-    Shutdown,
-    Welcome,
-)
-from .peer import Answer, Asked, Peer, Pending, Roster
+from .messages import HEARTBEAT_S, Cancel, Heartbeat, Lane, Message, Ping, Register, Reply, Request, Shutdown, Welcome
+from .peer import CLOSED, REVOKED, Answer, Asked, Loss, Peer, Pending, Roster, silent, unreadable
 from .port import Port
 
 logger = logging.getLogger(__name__)
@@ -59,7 +45,6 @@ _RECONNECT_S = 0.3
 _LINGER_S = 0.5
 _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
-_REVOKED = "had its key revoked"
 _STRANGER_BYTES = 2**15
 """The most that one who is not registered may send at once: a registration is far smaller."""
 MAX_PENDING = 2**16
@@ -243,34 +228,34 @@ class Server:
             for order, body in peer.link.due(self._loop.time()):
                 self._transmit(peer, order, body)
 
-    def _transmit(self, peer: Peer, order: int, body: codec.Body) -> None:
-        envelope = codec.Envelope(self.epoch, order, peer.link.received, self._loop.time())
+    def _transmit(self, peer: Peer, order: int, body: framing.Body) -> None:
+        envelope = framing.Envelope(self.epoch, order, peer.link.received, self._loop.time())
         if not self._port.send(peer.route, envelope.around(body)) and peer.gone is None:
             peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
 
     def _lose_gone(self, peer: Peer) -> None:
         silent_s = self._loop.time() - peer.last_heard_s
         if peer.welcome is not None and silent_s > self._port.noticed_s:
-            self._lose(peer, f"sent no sign of life for {silent_s:.0f} s (run.deadlines.silence_s)")
+            self._lose(peer, silent(silent_s))
         else:
-            self._lose(peer, "closed its connection")
+            self._lose(peer, CLOSED)
 
-    def _refuse(self, route: bytes, version: int, reason: str) -> None:
+    def _refuse(self, route: bytes, refuse: Refuse, version: int = PROTOCOL_VERSION) -> None:
         """In words that a worker of that version can read: its envelope, and `Refuse`, are the same in all of them."""
-        envelope = codec.Envelope(epoch=0, version=version)
-        self._port.send(route, codec.encode(Refuse(reason=reason), envelope))
+        envelope = framing.Envelope(epoch=0, version=version)
+        self._port.send(route, codec.encode(refuse, envelope))
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
     def _dropped(self, reason: str) -> None:
         self._drops.note(reason, self._loop.time())
 
-    def _received(self, route: bytes, frames: list[codec.Frame], sender: Holder | None) -> None:
+    def _received(self, route: bytes, frames: list[framing.Frame], sender: Holder | None) -> None:
         peer = self.roster.by_route.get(route)
         if sender is not None and (sender.role is Role.NOBODY or (peer is not None and peer.holder != sender)):
             self._dropped(f"one by a key that is not allowed any more ({sender.key})")
             if peer is not None:
-                self._lose(peer, _REVOKED)
+                self._lose(peer, REVOKED)
             return
         try:
             self._take(route, peer, frames, sender)
@@ -278,14 +263,14 @@ class Server:
             self._dropped(str(error))
             peer = self.roster.by_route.get(route)
             if peer is not None:
-                self._lose(peer, f"sent what cannot be read ({error})")
+                self._lose(peer, unreadable(error))
 
-    def _take(self, route: bytes, peer: Peer | None, frames: list[codec.Frame], sender: Holder | None) -> None:
-        envelope, body = codec.opened(frames)
+    def _take(self, route: bytes, peer: Peer | None, frames: list[framing.Frame], sender: Holder | None) -> None:
+        envelope, body = framing.opened(frames)
         if envelope.version != PROTOCOL_VERSION:
             reason = f"the worker speaks protocol {envelope.version}, the master {PROTOCOL_VERSION}: install the same"
             self._dropped(reason)
-            self._refuse(route, envelope.version, reason)
+            self._refuse(route, Refuse(reason=reason), envelope.version)
             return
         if peer is None and sum(map(len, frames)) > _STRANGER_BYTES:
             raise ProtocolError(f"a first message of {sum(map(len, frames))} bytes")
@@ -307,12 +292,12 @@ class Server:
     def _receive(self, route: bytes, peer: Peer | None, message: Message, sender: Holder | None) -> None:
         objection = self.roster.objection(sender, message)
         if objection is not None:
-            self._dropped(objection)
-            self._refuse(route, PROTOCOL_VERSION, objection)
+            self._dropped(objection.reason)
+            self._refuse(route, objection)
         elif isinstance(message, Register):
             self._register(route, message, sender)
         elif isinstance(message, Inquire):
-            envelope = codec.Envelope(epoch=self.epoch)
+            envelope = framing.Envelope(epoch=self.epoch)
             self._port.send(route, codec.encode(self.on_inquiry(message), envelope))
         elif peer is None:
             self._dropped(f"a {message.type} from someone who is not registered")
@@ -341,7 +326,7 @@ class Server:
         refusal = self.roster.admit(peer)
         if refusal is not None:
             self._dropped(f"{peer} was refused: {refusal}")
-            self._refuse(route, PROTOCOL_VERSION, refusal)
+            self._refuse(route, Refuse(reason=refusal))
             return
         logger.info("%s registered: %s", peer, peer.describe())
         if self.roster.is_complete:
@@ -362,16 +347,16 @@ class Server:
             self._flush(peer)
             peer.check_heartbeats(self._loop.time())
             if peer.holder is not None and not self._port.is_allowed(peer.holder):
-                self._lose(peer, _REVOKED)
+                self._lose(peer, REVOKED)
 
-    def _lose(self, peer: Peer, cause: str) -> None:
+    def _lose(self, peer: Peer, loss: Loss) -> None:
         if not self.roster.expel(peer):
             return
         peer.stop_waiting()
-        peer.lost = peer.obituary(cause, self._loop.time(), self._log_directory)
+        peer.lost = peer.obituary(loss, self._loop.time(), self._log_directory)
         logger.error("%s", peer.lost)
         peer.drop(peer.lost)
-        self._refuse(peer.route, PROTOCOL_VERSION, "it was given up as lost")  # if it can hear
+        self._refuse(peer.route, Refuse(reason="it was given up as lost"))  # if it can hear
         if not self.lost.done():
             self.lost.set_exception(peer.lost)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pydantic import Field
 
 from ...api.record import record
-from ..rpc.messages import Lane, RunStatus, WorkerState
+from ..rpc.inquiries import RunStatus, WorkerState
+from ..rpc.messages import Lane
 from .health import Health, Kind, Metric, Sample
 from .lifecycle import State
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
+from typing import Annotated
 
+import msgpack  # type: ignore[import-untyped]
 import zmq
-from zmq.utils.monitor import recv_monitor_message
+from pydantic import Field, TypeAdapter
 
 from ...api.errors import ConfigError, ProtocolError, RunError
-from ..rpc import codec
-from ..rpc.dealer import HANDSHAKE_FAILED, dealer_to, suspicion
-from ..rpc.messages import Inquire, Message, Order, Refuse, RunStatus
+from ..rpc import framing
+from ..rpc.dealer import HANDSHAKE_FAILED, dealer_to, next_event, suspicion
+from ..rpc.inquiries import Inquire, Order, Refuse, RunStatus
 from .keys import DIRECTORY, ClientKeys, has_keys, load_operator_keys
 from .lifecycle import Entry, read_entry
 
@@ -20,6 +23,9 @@ ANSWER_S = 3.0
 """For an answer. A master answers within milliseconds, whatever its workers do."""
 _MAX_BROKEN_OFF = 3
 """Handshakes that the master breaks off, after which it is no accident."""
+Answer = Annotated[RunStatus | Refuse, Field(discriminator="type")]
+_ANSWERS: TypeAdapter[Answer] = TypeAdapter(Answer)  # the codec reads all messages: to import them takes as long again
+_SAID_CHARACTERS = 500
 
 
 def find_run(run: str, directory: Path) -> tuple[Path, Entry]:
@@ -59,7 +65,8 @@ def ask(address: str, order: Order, answer_s: float = ANSWER_S, keys: ClientKeys
         try:
             dealer.connect(address)
             with contextlib.suppress(zmq.Again):  # the handshake may have failed already: nobody to send to
-                codec.send(dealer, codec.encode(Inquire(order=order), codec.Envelope(epoch=0)))
+                inquire = msgpack.packb(dataclasses.asdict(Inquire(order=order)))
+                framing.send(dealer, framing.Envelope(epoch=0).around([inquire]))
             answer = _answer(address, dealer, failures, answer_s, keys)
         finally:
             dealer.disable_monitor()
@@ -68,8 +75,6 @@ def ask(address: str, order: Order, answer_s: float = ANSWER_S, keys: ClientKeys
             return answer
         case Refuse():
             raise ConfigError("RUN", address, answer.reason, "see there")
-        case _:
-            raise RunError(f"{address} answered with a {answer.type}")
 
 
 def _answer(
@@ -78,7 +83,7 @@ def _answer(
     failures: zmq.Socket[bytes],
     answer_s: float,
     keys: ClientKeys | None,
-) -> Message:
+) -> Answer:
     """What the master says, or what the failure of a handshake means."""
     poller = zmq.Poller()
     for socket in (dealer, failures):
@@ -86,16 +91,23 @@ def _answer(
     end_s, num_broken_off = time.monotonic() + answer_s, 0
     while ready := dict(poller.poll(max(0, round(1000 * (end_s - time.monotonic()))))):
         if dealer in ready:
-            try:
-                return codec.decode(codec.receive(dealer))[1]
-            except ProtocolError as error:
-                raise RunError(f"the answer from {address} cannot be read: {error}") from None
-        event, num_broken_off = recv_monitor_message(failures)["event"], num_broken_off + 1
+            return _read(address, framing.receive(dealer))
+        event, num_broken_off = next_event(failures), num_broken_off + 1
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and keys is not None:
             raise keys.refused(address)
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or num_broken_off == _MAX_BROKEN_OFF:
             raise _broken_off(address, keys)
     raise RunError(f"no master answered at {address} within {answer_s:g} s")
+
+
+def _read(address: str, frames: list[framing.Frame]) -> Answer:
+    try:
+        envelope, body = framing.opened(frames)
+        if envelope.version != framing.PROTOCOL_VERSION:
+            raise ProtocolError(f"protocol version {envelope.version}, not {framing.PROTOCOL_VERSION}")
+        return _ANSWERS.validate_python(msgpack.unpackb(body[0], use_list=False))
+    except (ProtocolError, ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise RunError(f"the answer from {address} cannot be read: {error}"[:_SAID_CHARACTERS]) from None
 
 
 def _broken_off(address: str, keys: ClientKeys | None) -> ConfigError:

@@ -90,10 +90,20 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
+class _Stderr:
+    """Whatever `sys.stderr` is at the moment: while a progress line moves, that puts lines above it."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def log_to_stderr(level: int = logging.INFO) -> None:
     """Called once by each service at its start. Files get everything from INFO on, whatever the level here."""
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.INFO, format=form, stream=_Stderr(), force=True)
     logging.getLogger().handlers[0].setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 

@@ -26,21 +26,12 @@ from fuzz import (
 )
 from stage import MAX_GROWTH_BYTES, SERVED_S, Stage, state
 from trainmaster.api.errors import ProtocolError
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc.commands import Echo
+from trainmaster.system.rpc.framing import PROTOCOL_VERSION
+from trainmaster.system.rpc.inquiries import Refuse
 from trainmaster.system.rpc.link import WINDOW
-from trainmaster.system.rpc.messages import (
-    PROTOCOL_VERSION,
-    Lane,
-    Message,
-    Ping,
-    Refuse,
-    Register,
-    Reply,
-    Request,
-    Shutdown,
-    Welcome,
-)
+from trainmaster.system.rpc.messages import Lane, Message, Ping, Register, Reply, Request, Shutdown, Welcome
 from wire import DIGEST, EPOCH, RUN, Wire, free_address, head, welcome
 from workbench import Workbench, wait_for_step
 
@@ -97,7 +88,7 @@ def flood(hostile: zmq.Socket[bytes], fuzzer: Fuzzer, num_messages: int) -> int:
             while hostile.poll(0):
                 hostile.recv_multipart()
     hostile.send(head(LAST_VERSION))
-    while codec.opened(hostile.recv_multipart())[0].version != LAST_VERSION:
+    while framing.opened(hostile.recv_multipart())[0].version != LAST_VERSION:
         pass
     return num_frames
 
@@ -115,7 +106,7 @@ class HostileMaster:
         assert isinstance(self.wire.unpack(frames)[0], Register)
         self.send(self.wire.pack(welcome(orphan_s=60.0)))
 
-    def send(self, frames: codec.Body) -> None:
+    def send(self, frames: framing.Body) -> None:
         self.router.send_multipart([self.route, *frames])
 
     def echo(self, identity: int) -> float:
@@ -176,7 +167,7 @@ def judged(frames: list[bytes]) -> str:
     except ProtocolError:
         message = None
         try:
-            envelope, _ = codec.opened(frames)
+            envelope, _ = framing.opened(frames)
         except ProtocolError:
             return "unreadable"
         if envelope.version != PROTOCOL_VERSION:

@@ -16,9 +16,10 @@ import pytest
 import zmq
 from fuzz import HTTP_REQUESTS, closed_after_s, long_frame, mebibytes, plain_connection, rss_bytes
 from stage import MAX_GROWTH_BYTES, SERVED_S, Actor, Stage, state
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc.client import EXIT_MASTER_LOST
-from trainmaster.system.rpc.messages import Inquire, Message, Order, Refuse, Register
+from trainmaster.system.rpc.inquiries import Inquire, Order, Refuse
+from trainmaster.system.rpc.messages import Message, Register
 from trainmaster.system.rpc.zap import HANDSHAKE_S, REREAD_S
 from trainmaster.system.service.keys import ClientKeys, load_operator_keys, load_worker_keys, make_keys, revoke
 from wire import EPOCH, register
@@ -53,7 +54,7 @@ class SecureStage(Stage):
         made.connect(address)
         for message in messages:
             with contextlib.suppress(zmq.Again):  # refused already: there is nobody to send to
-                made.send_multipart(codec.encode(message, codec.Envelope(epoch=EPOCH)), zmq.NOBLOCK)
+                made.send_multipart(codec.encode(message, framing.Envelope(epoch=EPOCH)), zmq.NOBLOCK)
         return made
 
     def log(self) -> str:
@@ -200,7 +201,7 @@ def test_without_its_handler_a_master_lets_nobody_in_and_serves_who_is_inside(st
 
 def refusal(caller: zmq.Socket[bytes]) -> str:
     assert caller.poll(5000), "it is told why"
-    _, message = codec.decode(codec.receive(caller))
+    _, message = codec.decode(framing.receive(caller))
     assert isinstance(message, Refuse)
     return message.reason
 
@@ -208,10 +209,10 @@ def refusal(caller: zmq.Socket[bytes]) -> str:
 def test_a_good_key_is_good_for_its_holder_alone(stage: SecureStage) -> None:
     server, worker, address = stage.secured()
     for keys, message, reason in (
-        (stage.worker_keys(1), stranger("legal"), "worker-1's key is not that of worker 0"),
-        (stage.worker_keys(0), stranger("second"), "worker-0's key is in use by worker 0"),
-        (stage.worker_keys(1), Inquire(order=Order.STOP_NOW), "worker-1's key is not good for the message inquire"),
-        (load_operator_keys(stage.keys), stranger(), "operator's key is not good for the message register"),
+        (stage.worker_keys(1), stranger("legal"), "the key worker-1 is not that of worker 0"),
+        (stage.worker_keys(0), stranger("second"), "the key worker-0 is in use by worker 0"),
+        (stage.worker_keys(1), Inquire(order=Order.STOP_NOW), "the key worker-1 is not good for the message inquire"),
+        (load_operator_keys(stage.keys), stranger(), "the key operator is not good for the message register"),
     ):
         said = refusal(stage.caller(address, keys, message))
         assert said.startswith(reason)
@@ -251,7 +252,7 @@ def test_no_secret_is_in_arguments_environments_and_logs(stage: SecureStage) -> 
     texts = [(process / what).read_bytes() for process in processes for what in ("cmdline", "environ")]
     logs = [path.read_bytes() for path in stage.folder.iterdir() if path.is_file()]
     assert all(texts)
-    assert any(b"worker-1's key" in log for log in logs)
+    assert any(b"the key worker-1" in log for log in logs)
     for text in (*texts, *logs):
         assert not [secret for secret in secrets if secret in text]
     for path in (processes[1] / "fd").iterdir():

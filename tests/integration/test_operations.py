@@ -67,7 +67,13 @@ def test_a_run_is_started_seen_paused_and_stopped(workbench: Workbench) -> None:
     assert "train/loss" in shown
     call(workbench, "unpause", "test")
     until(workbench, "running", step=paused["step"] + 1)
+    follower = workbench.start("status", "test", "-f", "--json")
+    assert follower.stdout is not None
+    assert json.loads(follower.stdout.readline())["state"] == "running"
     assert "stops and saves after the step" in call(workbench, "stop", "test").stdout
+    followed, err = follower.communicate(timeout=30)
+    assert follower.returncode == 0, err
+    assert json.loads(followed.splitlines()[-1])["state"] == "stopped"
     assert workbench.wait_until_gone(20.0) == []
     losses = workbench.series("train/loss")
     assert (workbench.folder / "runs" / "test" / "checkpoints" / f"step-{len(losses)}" / "config.json").is_file()

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 from trainmaster.api.batch import KeyColumn, Samples
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc.commands import (
     CallDone,
     CallFunction,
@@ -42,6 +42,7 @@ from trainmaster.system.rpc.commands import (
     StoreAddress,
     Transfer,
 )
+from trainmaster.system.rpc.inquiries import Refuse
 from trainmaster.system.rpc.messages import (
     Cancel,
     Executing,
@@ -50,7 +51,6 @@ from trainmaster.system.rpc.messages import (
     Lane,
     Message,
     Ping,
-    Refuse,
     Reply,
     Request,
     Shutdown,
@@ -194,8 +194,8 @@ class Fuzzer:
             self.counts[mutation.__name__.strip("_")] += 1
         return [b"".join(frames[:2]), *frames[2:]]
 
-    def _envelope(self, epoch: int, order: int, received: int = 0, version: int = codec.PROTOCOL_VERSION) -> bytes:
-        (frame,) = codec.Envelope(epoch, order, received, sent_s=time.monotonic(), version=version).around([b""])
+    def _envelope(self, epoch: int, order: int, received: int = 0, version: int = framing.PROTOCOL_VERSION) -> bytes:
+        (frame,) = framing.Envelope(epoch, order, received, sent_s=time.monotonic(), version=version).around([b""])
         return bytes(frame)
 
     def _other_envelope(self, frames: list[bytes]) -> None:
@@ -204,7 +204,7 @@ class Fuzzer:
             epoch=draw.choice((0, self._epoch - 1, self._epoch, self._epoch + 1, 2**63, 2**64 - 1)),
             order=draw.choice((0, 1, 255, 257, 2**32, 2**64 - 1)),
             received=draw.choice((0, 1, 2**64 - 1)),
-            version=draw.choice((codec.PROTOCOL_VERSION,) * 8 + (0, 1, codec.PROTOCOL_VERSION + 1, 2**16 - 1)),
+            version=draw.choice((framing.PROTOCOL_VERSION,) * 8 + (0, 1, framing.PROTOCOL_VERSION + 1, 2**16 - 1)),
         )
 
     def _pick(self, frames: list[bytes]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc.link import Link
 from trainmaster.system.rpc.messages import Cancel, Message, Register, Reply, Request, Shutdown, Welcome
 
@@ -22,27 +22,27 @@ LINKED = (Request, Reply, Cancel, Shutdown)
 class Wire:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
-        self.link: Link[codec.Body] = Link()
+        self.link: Link[framing.Body] = Link()
 
-    def pack(self, message: Message, *, linked: bool | None = None) -> list[codec.Frame]:
+    def pack(self, message: Message, *, linked: bool | None = None) -> list[framing.Frame]:
         """All frames. `linked`: whether through the link, by default as such a message should."""
         body, order = codec.encode_body(message), 0
         if isinstance(message, LINKED) if linked is None else linked:
             self.link.post(body)
             ((order, body),) = self.link.due(0.0)
-        return codec.Envelope(epoch=self.epoch, order=order, received=self.link.received).around(body)
+        return framing.Envelope(epoch=self.epoch, order=order, received=self.link.received).around(body)
 
-    def unpack(self, frames: Sequence[codec.Frame]) -> list[Message]:
+    def unpack(self, frames: Sequence[framing.Frame]) -> list[Message]:
         """What is delivered now: none for a message that was had before."""
-        envelope, body = codec.opened(frames)
+        envelope, body = framing.opened(frames)
         self.link.acknowledge(envelope.received)
         bodies = [body] if envelope.order == 0 else self.link.accept(envelope.order, body)
         return [codec.decode_body(body) for body in bodies]
 
 
-def head(version: int = codec.PROTOCOL_VERSION, epoch: int = EPOCH) -> bytes:
+def head(version: int = framing.PROTOCOL_VERSION, epoch: int = EPOCH) -> bytes:
     """An envelope, and no message in it."""
-    (frame,) = codec.Envelope(epoch=epoch, version=version).around([b""])
+    (frame,) = framing.Envelope(epoch=epoch, version=version).around([b""])
     return bytes(frame)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from trainmaster.api.errors import ConfigError, RunError
 from trainmaster.system.control import Control
-from trainmaster.system.rpc.messages import Inquire, Order, RunStatus
+from trainmaster.system.rpc.inquiries import Inquire, Order, RunStatus
 from trainmaster.system.rpc.server import Server
 from trainmaster.system.service.claims import claim
 from trainmaster.system.service.health import Latest

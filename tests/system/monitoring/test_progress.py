@@ -1,3 +1,4 @@
+import sys
 from io import StringIO
 
 import pytest
@@ -45,6 +46,20 @@ def test_a_table_is_printed_literally():
     output, line = plain()
     line.table("[red]sizes", ("[bold]call",), [("[blue]train",)])
     assert [text.strip() for text in output.getvalue().splitlines()] == ["[red]sizes", "[bold]call", "[blue]train"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_is_said_on_a_terminal_meanwhile_stands_above_the_line(is_terminal: bool, monkeypatch: pytest.MonkeyPatch):
+    """But standard error that goes to a file stays there."""
+    output, error = StringIO(), StringIO()
+    monkeypatch.setattr(error, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", error)
+    with ProgressLine(Console(file=output, force_terminal=True, width=100)) as line:
+        line.start(4)
+        sys.stderr.write("it failed\n")
+    assert ("it failed\n" in output.getvalue(), error.getvalue()) == (
+        (True, "") if is_terminal else (False, "it failed\n")
+    )
 
 
 def test_on_a_terminal_one_line_moves():

@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 import zmq
 from trainmaster.system.rpc.commands import Done, HostStore
-from trainmaster.system.rpc.messages import (
-    Heartbeat,
-    Lane,
-    Message,
-    Ping,
-    Refuse,
-    Register,
-    Reply,
-    Request,
-    Shutdown,
-    Success,
-)
+from trainmaster.system.rpc.inquiries import Refuse
+from trainmaster.system.rpc.messages import Heartbeat, Lane, Message, Ping, Register, Reply, Request, Shutdown, Success
 from wire import EPOCH, RUN, Wire, welcome
 
 SCRIPT = """

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.api.errors import ProtocolError
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc.commands import (
     CallDone,
     CallFunction,
@@ -40,27 +40,22 @@ from trainmaster.system.rpc.commands import (
     StoreAddress,
     Transfer,
 )
+from trainmaster.system.rpc.framing import PROTOCOL_VERSION
+from trainmaster.system.rpc.inquiries import Inquire, Order, Refuse, RunStatus, WorkerState, WorkerStatus
 from trainmaster.system.rpc.messages import (
-    PROTOCOL_VERSION,
     Cancel,
     Executing,
     Failure,
     Heartbeat,
-    Inquire,
     Lane,
     Message,
-    Order,
     Ping,
-    Refuse,
     Register,
     Reply,
     Request,
-    RunStatus,
     Shutdown,
     Success,
     Welcome,
-    WorkerState,
-    WorkerStatus,
 )
 from trainmaster.system.service.lifecycle import State
 from wire import head
@@ -400,7 +395,7 @@ def test_a_field_of_another_kind_is_a_protocol_error(path: tuple[object, ...], f
         decoded(mutated(path, "set", field, value))
 
 
-@pytest.mark.parametrize("num_frames", [0, 2 + codec.MAX_ARRAYS])
+@pytest.mark.parametrize("num_frames", [0, 2 + framing.MAX_ARRAYS])
 def test_a_message_has_a_bounded_number_of_frames(num_frames: int):
     with pytest.raises(ProtocolError, match=f"{num_frames} frames where a message has 1"):
         codec.decode([OURS] * num_frames)
@@ -408,8 +403,8 @@ def test_a_message_has_a_bounded_number_of_frames(num_frames: int):
 
 @given(st.integers(0, 2**16 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_an_envelope_comes_back_as_it_was(version: int, epoch: int, order: int, received: int):
-    envelope = codec.Envelope(epoch=epoch, order=order, received=received, version=version)
-    assert codec.opened(envelope.around([b"message", b"array"])) == (envelope, [b"message", b"array"])
+    envelope = framing.Envelope(epoch=epoch, order=order, received=received, version=version)
+    assert framing.opened(envelope.around([b"message", b"array"])) == (envelope, [b"message", b"array"])
 
 
 @pytest.mark.parametrize("first", [b"", b"OTHER", OURS[:-1], b"GET / HTTP/1.1\r\n", b"x" * len(OURS)])
@@ -515,7 +510,7 @@ def test_every_frame_is_read_and_none_twice():
     with pytest.raises(ProtocolError, match="an array in frame 0 of 0"):
         codec.decode_body(body[:1])
     with pytest.raises(ProtocolError, match="holds at most 64"):
-        codec.encode_body(echo([np.ones(600)] * (codec.MAX_ARRAYS + 1)))
+        codec.encode_body(echo([np.ones(600)] * (framing.MAX_ARRAYS + 1)))
 
 
 @pytest.mark.parametrize(

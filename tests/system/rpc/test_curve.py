@@ -17,20 +17,8 @@ from trainmaster.api.errors import ConfigError, RunError, WorkerLost
 from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc import zap
 from trainmaster.system.rpc.commands import Done, HostStore
-from trainmaster.system.rpc.messages import (
-    Heartbeat,
-    Inquire,
-    Message,
-    Order,
-    Ping,
-    Refuse,
-    Register,
-    Reply,
-    Request,
-    RunStatus,
-    Success,
-    Welcome,
-)
+from trainmaster.system.rpc.inquiries import Inquire, Order, Refuse, RunStatus
+from trainmaster.system.rpc.messages import Heartbeat, Message, Ping, Register, Reply, Request, Success, Welcome
 from trainmaster.system.rpc.server import Server
 from trainmaster.system.service.claims import claim
 from trainmaster.system.service.inquiry import ask, way_to
@@ -260,7 +248,8 @@ def test_a_key_is_for_one_worker_at_a_time(keys: Path, tmp_path: Path):
         await first.socket.poll()
         second = connect(worker_keys(keys, 0))
         await second.send(register("second", pid=8))
-        assert await second.refusal() == "worker-0's key is in use by a worker (pid 7 on here)"
+        refusal = await second.receive()
+        assert refusal == Refuse(reason="the key worker-0 is in use by a worker (pid 7 on here)", again=True)
         assert [each.incarnation for each in server.registered] == ["first"]
         first.socket.close(linger=0)
         with pytest.raises(WorkerLost):
@@ -279,7 +268,7 @@ def test_a_worker_cannot_pass_for_another(keys: Path, tmp_path: Path):
         thief = connect(worker_keys(keys, 1))
         await thief.send(register())  # the same incarnation, as if on a new connection
         refusal = await thief.refusal()
-        assert refusal == "worker-1's key is not that of worker 0 (pid 7 on here), for which it wants to pass"
+        assert refusal == "the key worker-1 is not that of worker 0 (pid 7 on here), for which it wants to pass"
         asked = server.submit(0, HostStore(), name="store", deadline_s=5.0)
         request = await worker.receive()
         assert isinstance(request, Request), "it went to its worker"
@@ -319,9 +308,9 @@ def test_only_an_operator_inquires_and_an_operator_does_nothing_else(keys: Path,
         server.on_inquiry = on_inquiry
         worker, operator = connect(worker_keys(keys, 0)), connect(load_operator_keys(keys))
         await worker.send(Inquire(order=Order.STOP_NOW))
-        assert await worker.refusal() == "worker-0's key is not good for the message inquire"
+        assert await worker.refusal() == "the key worker-0 is not good for the message inquire"
         await operator.send(register())
-        assert await operator.refusal() == "operator's key is not good for the message register"
+        assert await operator.refusal() == "the key operator is not good for the message register"
         assert server.registered == []
         assert asked == []
         assert await asyncio.to_thread(ask, server.address, Order.STOP, 5.0, load_operator_keys(keys)) == STATUS
@@ -340,8 +329,9 @@ def test_a_worker_whose_key_is_revoked_is_lost_and_not_heard_any_more(keys: Path
         request = await worker.receive()
         assert isinstance(request, Request)
         revoke(keys, "worker-0")
-        with pytest.raises(WorkerLost, match=r"worker 0 \(pid 7 on here\) had its key revoked during store"):
+        with pytest.raises(WorkerLost, match=r"^worker 0 \(pid 7 on here\) had its key revoked during store$") as lost:
             await asked
+        assert lost.value.likely.startswith("somebody ran `trainmaster keys --revoke`")
         assert await worker.refusal() == "it was given up as lost"
         await worker.send(Reply(run=RUN, epoch=EPOCH, id=request.id, outcome=Success(result=Done()), seconds={}))
         await worker.send(register("another"))
@@ -386,13 +376,14 @@ CLIENT = """
 import sys
 from pathlib import Path
 from trainmaster.api.errors import TrainmasterError
-from trainmaster.system.rpc.client import Client
+from trainmaster.system.rpc import client as module
 from trainmaster.system.rpc.messages import Register
 from trainmaster.system.service.keys import load_worker_keys
 
-address, file, deadline_s = sys.argv[1:]
-client = Client(address, Register(
-    host="here", pid=7, incarnation="i", address="127.0.0.1", versions={}, code_digest="digest"
+module.HEARTBEAT_S = 0.05
+address, file, deadline_s, incarnation = sys.argv[1:]
+client = module.Client(address, Register(
+    host="here", pid=7, incarnation=incarnation, address="127.0.0.1", versions={}, code_digest="digest"
 ), 5.0, load_worker_keys(Path(file)) if file else None)
 try:
     print("rank", client.welcome(float(deadline_s)).rank, flush=True)
@@ -402,7 +393,9 @@ except TrainmasterError as error:
 """
 
 
-async def start_client(server: Server, file: Path | str, deadline_s: float) -> asyncio.subprocess.Process:
+async def start_client(
+    server: Server, file: Path | str, deadline_s: float, incarnation: str = "i"
+) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -410,6 +403,7 @@ async def start_client(server: Server, file: Path | str, deadline_s: float) -> a
         server.address,
         str(file),
         str(deadline_s),
+        incarnation,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -479,6 +473,42 @@ def test_a_client_whose_key_is_revoked_ends(keys: Path, tmp_path: Path):
         _, err = await process.communicate()
         assert process.returncode == 3
         assert b"the master refuses this worker: it was given up as lost: this worker ends" in err
+
+    with_server(keys, tmp_path, scenario)
+
+
+def test_a_worker_that_comes_back_before_its_predecessor_is_known_to_be_dead_gets_in(keys: Path, tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        first = await welcomed(server, connect, worker_keys(keys, 0))
+        second = await start_client(server, keys / "worker-0.key", 9.0, "second")
+        assert second.stderr is not None
+        told = await second.stderr.readline()  # at once, and once
+        assert told.startswith(b"not let in yet: the key worker-0 is in use by worker 0 (pid 7 on here). It is asked")
+        first.socket.close(linger=0)
+        with pytest.raises(WorkerLost):
+            await server.lost
+        server.next_epoch()
+        assert [each.incarnation for each in await server.workers(5)] == ["second"]
+        server.welcome(lambda rank: welcome(rank, epoch=server.epoch))
+        assert second.stdout is not None
+        assert await second.stdout.readline() == b"rank 0\n"
+        second.kill()
+        assert (await second.communicate())[1] == b""
+
+    with_server(keys, tmp_path, scenario)
+
+
+def test_a_second_worker_with_the_same_key_is_refused_when_its_time_is_over(keys: Path, tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        first = await welcomed(server, connect, worker_keys(keys, 0))
+        second = await start_client(server, keys / "worker-0.key", 0.5, "second")
+        out, err = await second.communicate()
+        assert out.decode() == (
+            f"ConfigError --master = '{server.address}': the master refused this worker: the key worker-0 is in use by "
+            "worker 0 (pid 7 on here). See there.\n"
+        )
+        assert len(err.splitlines()) == 1, err
+        await works(server, first)
 
     with_server(keys, tmp_path, scenario)
 

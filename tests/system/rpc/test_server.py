@@ -23,19 +23,19 @@ from trainmaster.api.errors import (
     TrainmasterError,
     WorkerLost,
 )
-from trainmaster.system.rpc import codec
+from trainmaster.system.rpc import codec, framing
 from trainmaster.system.rpc import peer as peer_module
 from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc.commands import Done, HostStore, ModelLoaded, Release, Save, ShardFile
+from trainmaster.system.rpc.framing import PROTOCOL_VERSION
+from trainmaster.system.rpc.inquiries import Refuse
 from trainmaster.system.rpc.messages import (
-    PROTOCOL_VERSION,
     Cancel,
     Failure,
     Heartbeat,
     Lane,
     Message,
     Ping,
-    Refuse,
     Register,
     Reply,
     Request,
@@ -175,7 +175,7 @@ def test_a_worker_of_another_version_is_refused_in_its_own(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = connect()
         await worker.socket.send(head(version=99) + b"a registration that only they can read")
-        envelope, body = codec.opened(await worker.socket.recv_multipart())
+        envelope, body = framing.opened(await worker.socket.recv_multipart())
         assert envelope.version == 99
         reason = f"the worker speaks protocol 99, the master {PROTOCOL_VERSION}: install the same"
         assert codec.decode_body(body) == Refuse(reason=reason)
@@ -359,8 +359,12 @@ def test_a_worker_that_sends_what_cannot_be_read_is_lost(tmp_path: Path):
         worker = await welcomed(server, connect)
         future = submit(server)
         await worker.socket.send_multipart([b"x", b"y"])
-        with pytest.raises(WorkerLost, match=r"worker 0 .* sent what cannot be read \(a frame of 1 bytes"):
+        with pytest.raises(
+            WorkerLost, match=r"worker 0 .* sent what cannot be read \(a frame of 1 .* during rel"
+        ) as lost:
             await future
+        assert "it died" not in str(lost.value)
+        assert lost.value.likely.startswith("it runs another state of Trainmaster's code than the master")
 
     with_server(tmp_path, scenario)
 
@@ -389,8 +393,9 @@ def test_a_loss_is_known_though_nothing_was_asked(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = await welcomed(server, connect)
         worker.socket.close(linger=0)
-        with pytest.raises(WorkerLost, match=r"closed its connection: it died"):
+        with pytest.raises(WorkerLost, match=r"closed its connection: it died") as lost:
             await server.lost
+        assert lost.value.likely == WorkerLost.likely
 
     with_server(tmp_path, scenario)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from trainmaster.api.errors import ConfigError
-from trainmaster.system.rpc.messages import Lane, RunStatus, WorkerState, WorkerStatus
+from trainmaster.system.rpc.inquiries import RunStatus, WorkerState, WorkerStatus
+from trainmaster.system.rpc.messages import Lane
 from trainmaster.system.service import health as module
 from trainmaster.system.service.figures import (
     AtRequest,

@@ -1,7 +1,9 @@
 import json
 import logging
+import sys
 import threading
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,18 @@ def test_json_lines(tmp_path: Path):
         "message": "it failed",
     }
     assert found["exception"].endswith("ValueError: two\nlines")
+
+
+def test_lines_go_to_whatever_standard_error_is_then(monkeypatch: pytest.MonkeyPatch):
+    """A progress line takes its place while it moves, and puts what is said above itself."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    logs.log_to_stderr()
+    progress, before = StringIO(), sys.stderr
+    monkeypatch.setattr(sys, "stderr", progress)
+    logger.error("it failed")
+    monkeypatch.setattr(sys, "stderr", before)
+    assert progress.getvalue().endswith(" ERROR trainmaster.here: it failed\n")
 
 
 def test_threads_have_places_of_their_own(tmp_path: Path):

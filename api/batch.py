@@ -27,7 +27,7 @@ MAX_LENGTH = int(np.iinfo(np.int32).max)
 
 def _whole(values: Any) -> Whole:
     found = np.asarray(values)
-    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+    if found.ndim != 1 or (found.size and found.dtype.kind != "i"):
         raise ValueError("must be a list of whole numbers")
     if found.size and not 0 <= found.min() <= found.max() <= MAX_LENGTH:
         raise ValueError(f"must lie between 0 and {MAX_LENGTH}")

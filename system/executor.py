@@ -130,14 +130,17 @@ class Executor:
             await self._save_only(call, save, traversal)
             return
         futures: list[asyncio.Future[Answer]] = []
-        moves: list[dict[int, Redistribute]] = []
+        needs: list[dict[int, Samples]] = []
         requests = [minibatch for _ in range(call.passes) for minibatch in minibatches]
         for at, minibatch in enumerate(requests):
             shares = self._shares(call, minibatch)
-            moves.append(self._plan_moves({rank: Samples.gather(share) for rank, share in shares.items()}, call))
-            futures += self._submit(call, shares, moves[-1], save if at + 1 == len(requests) else None)
+            whole = {id(share): Samples.gather(share) for share in shares.values()}  # once for all ranks of a replica
+            needs.append({rank: whole[id(share)] for rank, share in shares.items()})
+            moves = self._plan_moves(needs[-1], call)
+            futures += self._submit(call, shares, moves, save if at + 1 == len(requests) else None)
         answers = await settle(self._server, futures)
-        self._arrived(moves)
+        for needed in needs:
+            self._arrived(needed, call)
         self._record(call, answers, traversal)
 
     async def save(self, saves: Mapping[str, Save]) -> tuple[ShardFile, ...]:
@@ -176,10 +179,8 @@ class Executor:
         if isinstance(call.settings, Generation):
             lengths = tuple(length + call.settings.sampling.max_new_tokens for length in lengths)
         plan = plan_microbatches(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
-        return {
-            rank: [minibatch.select(positions) for positions in plan[place // layout.pp]]
-            for place, rank in enumerate(placed.ranks)
-        }
+        shares = [minibatch.split(microbatches) for microbatches in plan]
+        return {rank: shares[place // layout.pp] for place, rank in enumerate(placed.ranks)}
 
     def _submit(
         self,
@@ -222,7 +223,7 @@ class Executor:
             )
         )
         answer = (await settle(self._server, futures))[-1]
-        self._arrived([moves])
+        self._arrived({DATA_RANK: samples}, call)
         done = answer.success.result
         assert isinstance(done, FunctionDone), "CallFunction is answered by FunctionDone"
         self._storage.add(DATA_RANK, done.outputs)
@@ -239,7 +240,8 @@ class Executor:
         """What has to go where so that each worker finds the call's inputs."""
         self._num_redistributions += 1
         wanted = {rank: (samples, self._keys(call, rank)) for rank, samples in needs.items()}
-        return plan_redistribution(wanted, self._storage, tag=self._num_redistributions % 2**30)
+        hosts = [peer.register.host for peer in self._server.roster.by_rank]
+        return plan_redistribution(wanted, self._storage, tag=self._num_redistributions % 2**30, hosts=hosts)
 
     def _keys(self, call: Call, rank: int) -> tuple[str, ...]:
         if isinstance(call, FunctionCall):
@@ -264,13 +266,10 @@ class Executor:
             if rank not in participants
         ]
 
-    def _arrived(self, moves: Sequence[Mapping[int, Redistribute]]) -> None:
+    def _arrived(self, needs: Mapping[int, Samples], call: Call) -> None:
         """Only now: a worker that still waits for its data cannot pass it on."""
-        for move in moves:
-            for rank, part in move.items():
-                for parcel in part.receives:
-                    for block in parcel.blocks:
-                        self._storage.add(rank, block)
+        for rank, samples in needs.items():
+            self._storage.add(rank, samples.only(self._keys(call, rank)))
 
     def _record(self, call: ModelFunctionCall, answers: list[Answer], traversal: Traversal) -> None:
         slowest: dict[str, float] = traversal.seconds.setdefault(call.name, {})

@@ -1,15 +1,20 @@
-"""The planner: from who holds what and who needs what to parcels between pairs of workers. Pure.
+"""The planner: from who holds what and who needs what to parcels between workers. Pure.
 
-A worker receives what it needs and does not hold, no more. Each worker is told of its own parcels only.
+    needs, storage, hosts --demand--> cells that are lacking, by host --routing--> hops --parcelling--> messages
+
+A worker receives what it needs and does not hold, once, and no more; what a host lacks enters it once; nobody has much
+more to send than others, also where one worker holds everything. Each worker is told of its own parcels only. The plan
+depends on ranks, hosts, needs and holders, not on the order in which they are given or came to be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from ..api.batch import Samples
-from ..api.errors import RunError
-from .rpc.commands import Parcel, Redistribute
+from .demand import Needs, demand_of
+from .parcelling import parcel_out
+from .routing import route
+from .rpc.parcels import Redistribute
 from .storage import Storage
 
 EVERY_STAGE_KEYS = ("tokens", "prompt")
@@ -21,44 +26,11 @@ def keys_of_stage(keys: Sequence[str], is_last: bool) -> tuple[str, ...]:
     return tuple(key for key in keys if is_last or key in EVERY_STAGE_KEYS)
 
 
-def plan_redistribution(
-    needs: Mapping[int, tuple[Samples, Sequence[str]]], storage: Storage, tag: int
-) -> dict[int, Redistribute]:
-    """`needs` by rank: samples, and the keys of them that it reads. Returns each worker's part, if it has one.
+def plan_redistribution(needs: Needs, storage: Storage, tag: int, hosts: Sequence[str] = ()) -> dict[int, Redistribute]:
+    """`needs` by rank: samples, and the keys of them that it reads; `hosts` by rank, by default one for all.
 
-    Raises `RunError` naming sequence and key if nobody holds what is needed.
+    Workers that need the same should be given the same object of samples: it is looked at once. Returns each worker's
+    part, if it has one; waves are 0 to 3. Raises `RunError` naming sequence and key if nobody holds what is needed.
     """
-    sends: dict[int, list[Parcel]] = {}
-    receives: dict[int, list[Parcel]] = {}
-    for target, (samples, keys) in sorted(needs.items()):
-        for (source, missing), positions in _missing(target, samples, keys, storage).items():
-            chosen = samples.select(positions)
-            parcel = Samples(ids=chosen.ids, keys={key: chosen.keys[key] for key in missing})
-            sends.setdefault(source, []).append(Parcel(peers=(target,), blocks=(parcel,)))
-            receives.setdefault(target, []).append(Parcel(peers=(source,), blocks=(parcel,)))
-    return {
-        rank: Redistribute(
-            tag=tag,
-            sends=tuple(sends[rank]) if rank in sends else (),
-            receives=tuple(receives[rank]) if rank in receives else (),
-        )
-        for rank in sorted(sends.keys() | receives.keys())
-    }
-
-
-def _missing(
-    target: int, samples: Samples, keys: Sequence[str], storage: Storage
-) -> dict[tuple[int, tuple[str, ...]], list[int]]:
-    """Positions of sequences by (source, keys to get from there)."""
-    wanted: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-    for position, sequence in enumerate(samples.ids):
-        by_source: dict[int, list[str]] = {}
-        for key in keys:
-            holders = storage.holders(sequence, key)
-            if not holders:
-                raise RunError(f"no worker holds key {key} of sequence {sequence}, which worker {target} needs")
-            if target not in holders:
-                by_source.setdefault(holders[target % len(holders)], []).append(key)
-        for source, missing in by_source.items():
-            wanted.setdefault((source, tuple(missing)), []).append(position)
-    return wanted
+    demand = demand_of(needs, storage, hosts)
+    return parcel_out(demand, route(demand), tag) if len(demand.cell) else {}

@@ -5,7 +5,6 @@ Commands carry names that the experiment file registered and metadata of samples
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,48 +12,12 @@ from pydantic import Field, InstanceOf, NonNegativeInt
 
 from ...api.batch import Samples
 from ...api.record import record
+from .parcels import Redistribute as Redistribute
 
 Array = InstanceOf[np.ndarray]  # of any shape, and of the dtypes that the codec knows
 """Travels in a frame of its own, not copied."""
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
-
-
-class StepKind(StrEnum):
-    """What a parcel is part of."""
-
-    DIRECT = "direct"
-    """One worker's to one other."""
-    GATHER = "gather"
-    """Several workers' to one."""
-    SCATTER = "scatter"
-    """One worker's different parts to several."""
-    BROADCAST = "broadcast"
-    """The same part to several."""
-
-
-@record
-class Parcel:
-    """What one worker sends to others: these keys of these samples, in this order, as one packed buffer."""
-
-    kind: StepKind = StepKind.DIRECT
-    wave: NonNegativeInt = 0
-    """What a worker passes on in a wave, it has held before or received in an earlier one."""
-    peers: tuple[int, ...]
-    """Ranks: the receivers of a parcel that is sent, the one sender of a parcel that is received."""
-    blocks: tuple[Samples, ...]
-    """Samples with the same keys to be sent are one block."""
-
-
-@record
-class Redistribute:
-    """Before a call: exchange parcels so that the call finds its inputs."""
-
-    type: Literal["redistribute"] = "redistribute"
-    tag: NonNegativeInt
-    """Tells the messages of one redistribution from those of another."""
-    sends: tuple[Parcel, ...] = ()
-    receives: tuple[Parcel, ...] = ()
 
 
 @record

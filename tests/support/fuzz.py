@@ -34,8 +34,6 @@ from trainmaster.system.rpc.commands import (
     ModelLoaded,
     OpenDataset,
     OpenFunction,
-    Parcel,
-    Redistribute,
     Release,
     Save,
     ShardFile,
@@ -56,10 +54,11 @@ from trainmaster.system.rpc.messages import (
     Shutdown,
     Success,
 )
+from trainmaster.system.rpc.parcels import Parcel, Redistribute
 from wire import register, welcome
 
 SAMPLES = Samples(ids=("a", "b"), keys={"tokens": KeyColumn(dtype="int64", lengths=(3, 4), trailing=(2,))})
-REDISTRIBUTE = Redistribute(tag=1, sends=(Parcel(peers=(1,), blocks=(SAMPLES,)),))
+REDISTRIBUTE = Redistribute.of(tag=1, sends=(Parcel(peers=(1,), blocks=(SAMPLES,)),))
 ARRAYS = (np.arange(6, dtype=np.int64).reshape(2, 3), np.ones(5, dtype=np.float32), np.zeros((0, 4), dtype=np.uint8))
 COMMANDS = (
     Echo(content=ARRAYS),

@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.system.storage import Storage
 
@@ -7,12 +9,12 @@ def samples(*ids: str, keys: tuple[str, ...] = ("tokens",)) -> Samples:
     return Samples(ids=ids, keys={key: KeyColumn(dtype="int64", lengths=(1,) * len(ids)) for key in keys})
 
 
-def test_holders_are_in_the_order_in_which_they_came():
+def test_holders_ascend_whenever_they_came():
     storage = Storage()
     storage.add(3, samples("a"))
     storage.add(1, samples("a", "b"))
     storage.add(3, samples("a"))
-    assert storage.holders("a", "tokens") == (3, 1)
+    assert storage.holders("a", "tokens") == (1, 3)
     assert storage.holders("b", "tokens") == (1,)
     assert len(storage) == 2
 
@@ -39,3 +41,55 @@ def test_release_says_who_has_to_forget_what():
 def test_releasing_what_nobody_holds_is_our_own_mistake():
     with pytest.raises(KeyError, match="a"):
         Storage().release(["a"])
+
+
+def test_what_is_released_can_be_held_again():
+    storage = Storage()
+    storage.add(0, samples("a", "b"))
+    storage.release(["a"])
+    storage.add(2, samples("c", "a", keys=("mask",)))
+    assert storage.holders("a", "mask") == (2,)
+    assert storage.holders("a", "tokens") == ()
+    assert storage.holders("b", "tokens") == (0,)
+    assert storage.holders("c", "mask") == (2,)
+
+
+def test_holders_of_many_are_looked_up_at_once():
+    storage = Storage()
+    storage.add(1, samples("a", "b", keys=("tokens", "mask")))
+    storage.add(0, samples("b"))
+    rows, keys = storage.rows(["b", "z", "a", "b"]), storage.keys(["tokens", "tokens", "mask", "unheard"])
+    counts, ranks = storage.look_up(rows, keys)
+    assert counts.tolist() == [2, 0, 1, 0]
+    assert ranks.tolist() == [0, 1, 1]
+
+
+RANKS, NAMES, KEYS = st.integers(0, 3), st.sampled_from("abcd"), st.sampled_from(("tokens", "mask"))
+steps = st.one_of(
+    st.tuples(RANKS, st.lists(NAMES, unique=True), st.lists(KEYS, unique=True)), st.lists(NAMES, unique=True)
+)
+
+
+@settings(max_examples=50)
+@given(st.lists(steps, max_size=12))
+def test_it_agrees_with_a_plain_dictionary(steps: list[tuple[int, list[str], list[str]] | list[str]]):
+    storage, held = Storage(), {}
+    for step in steps:
+        if isinstance(step, tuple):
+            rank, ids, keys = step
+            storage.add(rank, samples(*ids, keys=tuple(keys)))
+            for name in ids:
+                holdings = held.setdefault(name, set())
+                holdings.update((key, rank) for key in keys)
+        else:
+            gone = [name for name in step if name in held]
+            expected: dict[int, list[str]] = {}
+            for name in gone:
+                for rank in {rank for _, rank in held.pop(name)}:
+                    expected.setdefault(rank, []).append(name)
+            assert storage.release(gone) == {rank: tuple(names) for rank, names in expected.items()}
+        assert len(storage) == len(held)
+        for name in "abcd":
+            for key in ("tokens", "mask"):
+                ranks = {rank for at, rank in held.get(name, set()) if at == key}
+                assert storage.holders(name, key) == tuple(sorted(ranks))

@@ -1,9 +1,20 @@
-"""The worker's store: values of keys of sequences, on the CPU, until the master says that nobody reads them again."""
+"""The worker's store: values of keys of samples, on the CPU, until the master says that nobody reads them again.
+
+    put      a value with memory of its own, which is freed as it is released
+    add      packed samples, kept where they are: views of memory that they share
+
+    shared memory [ a.tokens b.tokens c.tokens | a.mask b.mask c.mask ]     a is released: kept as it is
+                                                                            b too: c moves out, and it is freed
+
+Shared memory of which less than half is in use is freed. So the store keeps at most twice of what was not released, and
+nothing once all is, unless somebody else holds it. (A copy of each value that arrives would cost as much as the wire.)
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,46 +23,133 @@ from torch import Tensor
 from ...api.batch import KeyColumn, Samples
 from ..models.attention import PackedBatch
 from .microbatch import Microbatch
+from .packed import PackedSamples, dtype_of
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """Memory that several samples share."""
+
+    keys: frozenset[str]
+    used: dict[str, int]
+    """Bytes by sample, of those that were not released."""
+    used_bytes: int
+    total_bytes: int
 
 
 class Store:
     """Used by the compute lane and the transfer lane at once. A value is never changed after it was put."""
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, str], Tensor] = {}
+        self._values: dict[str, dict[str, Tensor]] = {}
+        """By sample, then by key."""
+        self._shared: dict[str, list[_Shared]] = {}
+        """By sample."""
         self._lock = threading.Lock()
 
     def put(self, sequence: str, key: str, value: Tensor) -> None:
         """`value` is `[length, *trailing]`."""
         with self._lock:
-            self._values[sequence, key] = value
+            self._values.setdefault(sequence, {})[key] = value
+
+    def add(self, parts: Sequence[PackedSamples]) -> None:
+        """Everything that is there of these; the parts share memory."""
+        used: dict[str, int] = {}
+        values = []
+        for part in parts:
+            values += [(part.samples.ids, key, part.by_sample(key)) for key in part.present]
+            for sequence, num_bytes in zip(part.samples.ids, part.bytes_by_sample.tolist(), strict=True):
+                used[sequence] = used.get(sequence, 0) + num_bytes
+        total_bytes = sum(used.values())
+        shared = _Shared(frozenset(key for _, key, _ in values), used, total_bytes, total_bytes)
+        with self._lock:
+            for sequence in used:
+                self._values.setdefault(sequence, {})
+                self._shared.setdefault(sequence, []).append(shared)
+            for ids, key, tensors in values:
+                for sequence, tensor in zip(ids, tensors, strict=True):
+                    self._values[sequence][key] = tensor
 
     def get(self, sequence: str, key: str) -> Tensor:
         with self._lock:
-            assert (sequence, key) in self._values, f"the plan says that this worker holds {key} of {sequence}"
-            return self._values[sequence, key]
+            return self._get(sequence, key)
 
     def release(self, sequences: Iterable[str]) -> None:
-        """Forgets every key of these sequences."""
-        gone = set(sequences)
+        """Forgets every key of these samples."""
+        touched: set[_Shared] = set()
         with self._lock:
-            for address in [address for address in self._values if address[0] in gone]:
-                del self._values[address]
+            for sequence in sequences:
+                self._values.pop(sequence, None)
+                for shared in self._shared.pop(sequence, ()):
+                    shared.used_bytes -= shared.used.pop(sequence)
+                    touched.add(shared)
+            for shared in touched:
+                if shared.used_bytes * 2 < shared.total_bytes:
+                    self._move_out(shared)
 
     def __len__(self) -> int:
-        return len(self._values)
+        """Values."""
+        with self._lock:
+            return sum(map(len, self._values.values()))
 
-    def packed(self, samples: Samples, key: str) -> Tensor:
-        """One key of all these sequences: `[sum(lengths), *trailing]`."""
-        return torch.cat([self.get(sequence, key) for sequence in samples.ids])
+    def __contains__(self, address: tuple[str, str]) -> bool:
+        """Whether there is a value, by sample and key."""
+        sequence, key = address
+        with self._lock:
+            return key in self._values.get(sequence, {})
+
+    def packed(self, samples: Samples, into: PackedSamples | None = None) -> PackedSamples:
+        """All keys of these samples; `into` memory that is there, if it is given."""
+        values: dict[str, Tensor | None] = {}
+        for key, column in samples.keys.items():
+            tensors = self._held(samples, key, column)
+            if not tensors:
+                values[key] = torch.empty(0, *column.trailing, dtype=dtype_of(key, column))
+            else:
+                values[key] = torch.cat(tensors) if into is None else torch.cat(tensors, out=into[key])
+        return PackedSamples(samples=samples, values=values)
 
     def microbatch(self, samples: Samples, keys: Iterable[str], device: torch.device) -> Microbatch:
-        """These sequences as a stage takes them, with these keys besides `tokens`."""
+        """These samples as a stage takes them, with these keys besides `tokens`."""
+        others = tuple(keys)
+        packed = self.packed(samples.only(("tokens", *others)))
         return Microbatch(
-            tokens=self.packed(samples, "tokens")[None].to(device),
+            tokens=packed["tokens"][None].to(device),
             packed=PackedBatch(samples.lengths("tokens"), device),
-            keys={key: self.packed(samples, key).to(device) for key in keys},
+            keys={key: packed[key].to(device) for key in others},
         )
+
+    def _get(self, sequence: str, key: str) -> Tensor:
+        held = self._values.get(sequence, {})
+        assert key in held, f"the plan says that this worker holds {key} of {sequence}"
+        return held[key]
+
+    def _held(self, samples: Samples, key: str, column: KeyColumn) -> list[Tensor]:
+        """One key of these samples, which must be as long and of the type that the metadata says."""
+        with self._lock:
+            tensors = [self._get(sequence, key) for sequence in samples.ids]
+        shapes, dtype = [(size, *column.trailing) for size in column.sizes.tolist()], dtype_of(key, column)
+        is_right = [tensor.shape for tensor in tensors] == shapes and {tensor.dtype for tensor in tensors} <= {dtype}
+        assert is_right, _mismatch(samples.ids, key, column, tensors)
+        return tensors
+
+    def _move_out(self, shared: _Shared) -> None:
+        """Gives what is left there memory of its own."""
+        for sequence in shared.used:
+            self._shared[sequence].remove(shared)
+            held = self._values[sequence]
+            for key in shared.keys & held.keys():
+                held[key] = held[key].clone()
+        shared.used.clear()
+
+
+def _mismatch(ids: Sequence[str], key: str, column: KeyColumn, tensors: Sequence[Tensor]) -> str:
+    """The first value that is not as the metadata says."""
+    for sequence, tensor, size in zip(ids, tensors, column.sizes.tolist(), strict=True):
+        shape, dtype = [size, *column.trailing], dtype_of(key, column)
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            return f"{key} of {sequence} is {tensor.dtype} {list(tensor.shape)}, but the plan says {dtype} {shape}"
+    raise AssertionError("all are as the plan says")
 
 
 def describe(values: dict[str, list[Tensor]], ids: Iterable[str]) -> Samples:

@@ -40,6 +40,19 @@ class Sending:
             self.work.wait(self.group.deadline)
 
 
+@dataclass(frozen=True, slots=True)
+class Receiving:
+    """A receive under way. The tensor is kept alive, and means nothing, until `wait` returns."""
+
+    tensor: Tensor
+    work: dist.Work
+    group: Group
+
+    def wait(self) -> None:
+        with self.group.named("receive"):
+            self.work.wait(self.group.deadline)
+
+
 @dataclass(slots=True)
 class Group:
     """The members of one process group; peers are named by their index among the members."""
@@ -70,8 +83,12 @@ class Group:
 
     def receive(self, tensor: Tensor, source: int, tag: int) -> None:
         """Receives into a contiguous tensor, and waits for it."""
+        self.expect(tensor, source, tag).wait()
+
+    def expect(self, tensor: Tensor, source: int, tag: int) -> Receiving:
+        """Starts to receive into a contiguous tensor. Messages of one sender and tag arrive in the order of this."""
         with self.named("receive"):
-            self._live().recv([tensor], source, tag).wait(self.deadline)
+            return Receiving(tensor, self._live().recv([tensor], source, tag), self)
 
     def leave(self) -> None:
         """Cuts the connections: whatever waits in this group, here or elsewhere, fails. Safe from any thread."""

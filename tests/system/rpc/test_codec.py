@@ -31,8 +31,6 @@ from trainmaster.system.rpc.commands import (
     ModelLoaded,
     OpenDataset,
     OpenFunction,
-    Parcel,
-    Redistribute,
     Release,
     Result,
     Save,
@@ -57,6 +55,7 @@ from trainmaster.system.rpc.messages import (
     Success,
     Welcome,
 )
+from trainmaster.system.rpc.parcels import Parcel, Redistribute
 from trainmaster.system.service.lifecycle import State
 from wire import head
 
@@ -86,8 +85,13 @@ def columns(num_samples: int) -> st.SearchStrategy[KeyColumn]:
 samples = tuples(text).flatmap(
     lambda ids: st.builds(Samples, ids=st.just(ids), keys=st.dictionaries(text, columns(len(ids)), max_size=2))
 )
-parcels = st.builds(Parcel, peers=tuples(integers), blocks=tuples(samples, 2))
-redistributes = st.builds(Redistribute, tag=counts, sends=tuples(parcels, 2), receives=tuples(parcels, 2))
+parcels = st.builds(
+    Parcel,
+    peers=st.lists(lengths, min_size=1, max_size=3).map(tuple),
+    wave=st.integers(0, 2),
+    blocks=tuples(samples, 2),
+)
+redistributes = st.builds(Redistribute.of, tag=counts, sends=tuples(parcels, 2), receives=tuples(parcels, 2))
 hooks = st.one_of(redistributes, st.builds(Save, model=text, directory=text))
 commands = st.one_of(
     st.just(HostStore()),
@@ -213,6 +217,7 @@ MESSAGES = {
 }
 OURS = head(epoch=3)
 COLUMN = KeyColumn(dtype="int64", lengths=(3, 4), trailing=(2,))
+SAMPLES = Samples(ids=("a", "b"), keys={"tokens": COLUMN})
 REQUEST = Request(
     run="first",
     epoch=1,
@@ -223,9 +228,13 @@ REQUEST = Request(
     command=CallModel(
         graph="sft",
         call="train",
-        microbatches=(Samples(ids=("a", "b"), keys={"tokens": COLUMN}),),
+        microbatches=(SAMPLES,),
     ),
-    pre_hooks=(Redistribute(tag=1, sends=(Parcel(peers=(1,), blocks=(Samples(ids=("a",), keys={}),)),)),),
+    pre_hooks=(
+        Redistribute.of(
+            tag=1, sends=(Parcel(peers=(1,), blocks=(SAMPLES,)),), receives=(Parcel(peers=(2,), blocks=(SAMPLES,)),)
+        ),
+    ),
     post_hooks=(Save(model="actor", directory="here"),),
 )
 

@@ -59,7 +59,7 @@ class Bench:
     samples: Samples
 
     def stored(self, key: str) -> dict[str, float]:
-        return {one: self.store.get(one, key).item() for one in self.samples.ids if (one, key) in self.store._values}
+        return {one: self.store.get(one, key).item() for one in self.samples.ids if (one, key) in self.store}
 
 
 @pytest.fixture

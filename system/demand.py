@@ -1,0 +1,249 @@
+"""What is needed where, and who holds it: needs, storage and hosts as arrays, for the router. Pure.
+
+A cell is one key of one sample, and a number: the key's place * num_samples + the sample's place. Samples are numbered
+in the order in which ranks need them, keys by the width of their type, widest first, so that a parcel whose cells
+ascend is aligned. A place is a host, or a part of one with more than 64 workers; a worker's slot is its bit in a mask.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..api.batch import KeyColumn, Samples
+from ..api.errors import RunError
+from .rpc.parcels import KeyType
+from .storage import NO_ROW, Numbers, Storage
+
+Masks = npt.NDArray[np.uint64]
+Codes = TypeVar("Codes", Numbers, npt.NDArray[np.int32])
+NUM_SLOTS = 64
+Needs = Mapping[int, tuple[Samples, Sequence[str]]]
+"""By rank: samples, and the keys of them that it reads."""
+
+
+class Places:
+    """Which worker sits where."""
+
+    def __init__(self, hosts: Sequence[str], num_ranks: int) -> None:
+        """`hosts` by rank; workers beyond are together on another."""
+        members: dict[str, list[int]] = {}
+        for rank in range(num_ranks):
+            members.setdefault(hosts[rank] if rank < len(hosts) else "", []).append(rank)
+        parts = [ranks[at : at + NUM_SLOTS] for ranks in members.values() for at in range(0, len(ranks), NUM_SLOTS)]
+        self.num_ranks, self.num_places = num_ranks, len(parts)
+        self.num_slots = max(map(len, parts), default=0)
+        self.ranks = np.full((self.num_places, self.num_slots), num_ranks)
+        """`[place, slot]`; `num_ranks` where there is no worker."""
+        self.place, self.slot = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
+        """`[rank]`"""
+        for place, ranks in enumerate(parts):
+            self.ranks[place, : len(ranks)] = ranks
+            self.place[ranks], self.slot[ranks] = place, np.arange(len(ranks))
+
+    def bits(self, ranks: Numbers) -> Masks:
+        return np.uint64(1) << self.slot[ranks].astype(np.uint64)
+
+    def is_member(self, masks: Masks) -> npt.NDArray[np.bool_]:
+        """`[mask, slot]`"""
+        octets = masks.astype("<u8")[:, None].view(np.uint8)
+        return np.unpackbits(octets, axis=1, count=self.num_slots, bitorder="little").view(np.bool_)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """What each cell is. Arrays are `[cell]`; a cell of which no need speaks has no size."""
+
+    ids: tuple[str, ...]
+    """Of the samples."""
+    keys: tuple[KeyType, ...]
+    size_bytes: Numbers
+    counts: Numbers
+    """Of its sequences."""
+    starts: Numbers
+    """Where its first sequence is in `lengths`."""
+    lengths: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Cells that some worker lacks, by place: one entry for each pair of the two, cells ascending, then places."""
+
+    places: Places
+    cells: Cells
+    cell: Numbers
+    place: Numbers
+    lacking: Masks
+    """Workers of the place that need the cell and do not hold it. Never empty."""
+    holding: Masks
+    """Workers of the place that hold it."""
+    first_holder: Numbers
+    """`[entry]`: where the cell's holders begin in `holders`."""
+    num_holders: Numbers
+    holders: Numbers
+    """Ranks, wherever they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What some workers need alike."""
+
+    ranks: list[int]
+    samples: Samples
+    keys: tuple[str, ...]
+
+
+def demand_of(needs: Needs, storage: Storage, hosts: Sequence[str]) -> Demand:
+    """Raises `RunError` naming sequence and key if nobody holds what is needed."""
+    shares = _shares(needs)
+    cells, wanted = _number(shares, storage)
+    places = Places(hosts, max(len(hosts), storage.num_ranks, *(rank + 1 for rank in needs), 0))
+    codes, masks = _entries(shares, wanted, places)
+    entry_cells, entry_places = split(codes, places.num_places)
+    first = np.flatnonzero(np.diff(entry_cells, prepend=-1))
+    num_holders, holders = _holders(entry_cells[first], cells, storage)
+    if not num_holders.all():
+        _refuse(shares, storage)
+    held = np.repeat(entry_cells[first] * places.num_places, num_holders) + places.place[holders]
+    holding = _masks(codes, held, places.slot[holders])
+    lacking = masks & ~holding
+    found = np.flatnonzero(lacking)
+    at = np.repeat(np.arange(len(first)), np.diff(first, append=len(codes)))[found]
+    return Demand(
+        places=places,
+        cells=cells,
+        cell=entry_cells[found],
+        place=entry_places[found],
+        lacking=lacking[found],
+        holding=holding[found],
+        first_holder=(np.cumsum(num_holders) - num_holders)[at],
+        num_holders=num_holders[at],
+        holders=holders,
+    )
+
+
+def _shares(needs: Needs) -> list[_Share]:
+    """In the order of their first ranks. Workers that are given one object of samples share it."""
+    shares: dict[tuple[int, tuple[str, ...]], _Share] = {}
+    for rank in sorted(needs):
+        samples, names = needs[rank]
+        keys = tuple(names)
+        if (id(samples), keys) in shares:
+            shares[id(samples), keys].ranks.append(rank)
+        elif samples.ids and keys:
+            shares[id(samples), keys] = _Share(ranks=[rank], samples=samples, keys=keys)
+    return list(shares.values())
+
+
+def _number(shares: list[_Share], storage: Storage) -> tuple[Cells, list[Numbers]]:
+    """All cells, and those that each share wants."""
+    ids: list[str] = []
+    number = np.full(storage.num_rows, NO_ROW)
+    positions: list[Numbers] = []
+    for share in shares:
+        rows = storage.rows(share.samples.ids)
+        if (rows == NO_ROW).any() or not share.samples.keys.keys() >= set(share.keys):
+            _refuse(shares, storage)
+        new = np.flatnonzero(number[rows] == NO_ROW)
+        number[rows[new]] = np.arange(len(ids), len(ids) + len(new))
+        ids += [share.samples.ids[position] for position in new.tolist()]
+        positions.append(number[rows])
+    return _describe(tuple(ids), shares, positions)
+
+
+def _describe(ids: tuple[str, ...], shares: list[_Share], positions: list[Numbers]) -> tuple[Cells, list[Numbers]]:
+    types = sorted({_type_of(key, share.samples.keys[key]) for share in shares for key in share.keys})
+    first = {each: place * len(ids) for place, each in enumerate(types)}
+    size_bytes, starts = (np.zeros(len(ids) * len(types), np.int64) for _ in range(2))
+    counts = np.ones_like(starts)
+    lengths, num_lengths, wanted = [np.zeros(0, np.int32)], 0, []
+    for share, numbers in zip(shares, positions, strict=True):
+        mine = []
+        for key in share.keys:
+            column = share.samples.keys[key]
+            cells = first[_type_of(key, column)] + numbers
+            size_bytes[cells] = column.sizes * _width(column.dtype) * math.prod(column.trailing)
+            counts[cells] = 1 if column.counts is None else column.counts
+            starts[cells] = num_lengths + np.cumsum(counts[cells]) - counts[cells]
+            lengths.append(column.lengths)
+            num_lengths += len(column.lengths)
+            mine.append(cells)
+        wanted.append(np.concatenate(mine))
+    table = Cells(
+        ids=ids,
+        keys=tuple(KeyType(name=name, dtype=dtype, trailing=trailing) for _, name, dtype, trailing in types),
+        size_bytes=size_bytes,
+        counts=counts,
+        starts=starts,
+        lengths=np.concatenate(lengths),
+    )
+    return table, wanted
+
+
+def _type_of(key: str, column: KeyColumn) -> tuple[int, str, str, tuple[int, ...]]:
+    """Sorts wider types first."""
+    return -_width(column.dtype), key, column.dtype, column.trailing
+
+
+def _width(dtype: str) -> int:
+    """Bytes: the bits stand in the name of every torch type but `bool`."""
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+def _holders(needed: Numbers, cells: Cells, storage: Storage) -> tuple[Numbers, Numbers]:
+    """Of each cell that is needed, how many hold it; and their ranks, ascending, one after the other."""
+    keys, samples = split(needed, len(cells.ids))
+    return storage.look_up(storage.rows(cells.ids)[samples], storage.keys(key.name for key in cells.keys)[keys])
+
+
+def _entries(shares: list[_Share], wanted: list[Numbers], places: Places) -> tuple[Numbers, Masks]:
+    """Pairs of a cell and a place that needs it, as `cell * num_places + place`, ascending; and who needs it there."""
+    parts: list[tuple[Numbers, np.uint64]] = []
+    for share, mine in zip(shares, wanted, strict=True):
+        ranks = np.asarray(share.ranks)
+        bits = places.bits(ranks)
+        for place in np.unique(places.place[ranks]).tolist():
+            mask = np.bitwise_or.reduce(bits[places.place[ranks] == place])
+            parts.append((mine * places.num_places + place, mask))
+    tagged = [codes * len(parts) + at for at, (codes, _) in enumerate(parts)]  # sorts many times faster than an index
+    codes, at = split(np.sort(np.concatenate([np.zeros(0, np.int64), *tagged])), len(parts))
+    masks = np.fromiter((mask for _, mask in parts), np.uint64)[at]
+    first = np.flatnonzero(np.diff(codes, prepend=-1))
+    if len(first) < len(codes):
+        masks = np.bitwise_or.reduceat(masks, first)
+    return codes[first], masks
+
+
+def _masks(codes: Numbers, held: Numbers, slots: Numbers) -> Masks:
+    """For each of the codes, which ascend, the slots that come with it; those of other codes are left out."""
+    held, slots = split(np.sort(held * NUM_SLOTS + slots), NUM_SLOTS)
+    at = np.searchsorted(codes, held)
+    is_here = codes[np.minimum(at, len(codes) - 1)] == held
+    masks = np.zeros(len(codes), np.uint64)
+    np.bitwise_or.at(masks, at[is_here], np.uint64(1) << slots[is_here].astype(np.uint64))
+    return masks
+
+
+def split(codes: Codes, base: int) -> tuple[Codes, Codes]:
+    """Quotient and remainder; numpy's own `divmod` is slower."""
+    quotient = codes // max(1, base)
+    return quotient, codes - quotient * base
+
+
+def _refuse(shares: list[_Share], storage: Storage) -> NoReturn:
+    """Names what the first worker lacks first."""
+    for share in shares:
+        for sequence in share.samples.ids:
+            for key in share.keys:
+                if key not in share.samples.keys or not storage.holders(sequence, key):
+                    raise RunError(
+                        f"no worker holds key {key} of sequence {sequence}, which worker {share.ranks[0]} needs"
+                    )
+    raise AssertionError("something is missing")

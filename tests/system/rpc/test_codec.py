@@ -220,11 +220,12 @@ COLUMN = KeyColumn(dtype="int64", lengths=(3, 4), trailing=(2,))
 SAMPLES = Samples(ids=("a", "b"), keys={"tokens": COLUMN})
 REQUEST = Request(
     run="first",
-    epoch=1,
+    epoch=3,
     id=5,
     lane=Lane.COMPUTE,
     deadline_s=60.0,
-    submitted_s=0.0,
+    submitted_s=1.5,
+    step=2,
     command=CallModel(
         graph="sft",
         call="train",
@@ -232,7 +233,7 @@ REQUEST = Request(
     ),
     pre_hooks=(
         Redistribute.of(
-            tag=1, sends=(Parcel(peers=(1,), blocks=(SAMPLES,)),), receives=(Parcel(peers=(2,), blocks=(SAMPLES,)),)
+            tag=7, sends=(Parcel(peers=(1,), blocks=(SAMPLES,)),), receives=(Parcel(peers=(2,), blocks=(SAMPLES,)),)
         ),
     ),
     post_hooks=(Save(model="actor", directory="here"),),

@@ -105,6 +105,11 @@ class KeyColumn:
         return KeyColumn(dtype=first.dtype, lengths=lengths, trailing=first.trailing, counts=counts)
 
 
+def places_in(groups: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """Where each position stands among the groups, one after the other, that hold every position once."""
+    return np.argsort(np.concatenate([np.asarray(group, np.int64) for group in groups]), kind="stable")
+
+
 def _counts(column: KeyColumn) -> Whole:
     return np.ones(len(column), np.int32) if column.counts is None else column.counts
 
@@ -148,8 +153,7 @@ class Samples:
     @staticmethod
     def unsplit(parts: Sequence[Samples], groups: Sequence[Sequence[int]]) -> Samples:
         """The parts of a `split` by these groups, which hold every position once, back in the order before it."""
-        order = np.argsort(np.concatenate([np.asarray(group, np.int64) for group in groups]), kind="stable")
-        return Samples.gather(parts).select(order)
+        return Samples.gather(parts).select(places_in(groups))
 
     def unpack(self) -> list[Samples]:
         """Each sample by itself."""

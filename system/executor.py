@@ -131,13 +131,17 @@ class Executor:
             return
         futures: list[asyncio.Future[Answer]] = []
         needs: list[dict[int, Samples]] = []
-        requests = [minibatch for _ in range(call.passes) for minibatch in minibatches]
-        for at, minibatch in enumerate(requests):
-            shares = self._shares(call, minibatch)
+        all_shares = [self._shares(call, minibatch) for minibatch in minibatches]
+        for shares in all_shares:
             whole = {id(share): Samples.gather(share) for share in shares.values()}  # once for all ranks of a replica
             needs.append({rank: whole[id(share)] for rank, share in shares.items()})
-            moves = self._plan_moves(needs[-1], call)
-            futures += self._submit(call, shares, moves, save if at + 1 == len(requests) else None)
+        for turn in range(call.passes):
+            for at, shares in enumerate(all_shares):
+                moves = (
+                    self._plan_moves(needs[at], call) if turn == 0 else {}
+                )  # a later pass finds what the first brought
+                is_last = (turn + 1, at + 1) == (call.passes, len(all_shares))
+                futures += self._submit(call, shares, moves, save if is_last else None)
         answers = await settle(self._server, futures)
         for needed in needs:
             self._arrived(needed, call)

@@ -142,12 +142,7 @@ def _read_array(content: bytes, frames: Sequence[Frame], expected: int) -> np.nd
     at, code, *shape = struct.unpack(f">BB{num_dimensions}Q", content)
     if at != expected or at >= len(frames):
         raise ValueError(f"an array in frame {at} of {len(frames)}, where {expected} is next")
-    if code >= len(DTYPES):
-        raise ValueError(f"an array of type {code}")
-    dtype = DTYPES[code]
-    if math.prod(shape) * dtype.itemsize != len(frames[at]):
-        raise ValueError(f"an array of {shape} {dtype} in {len(frames[at])} bytes")
-    return np.ndarray(shape, dtype, frames[at])
+    return _array(shape, code, frames[at])
 
 
 def _read_small_array(content: bytes) -> np.ndarray[Any, Any]:
@@ -156,12 +151,17 @@ def _read_small_array(content: bytes) -> np.ndarray[Any, Any]:
     if num_dimensions > MAX_DIMENSIONS or len(content) < head.size:
         raise ValueError(f"a small array whose head says that it has {num_dimensions} dimensions")
     _, code, *shape = head.unpack_from(content)
+    return _array(shape, code, content, head.size)
+
+
+def _array(shape: list[int], code: int, memory: Frame, start: int = 0) -> np.ndarray[Any, Any]:
+    """A view of all that is there from `start` on."""
     if code >= len(DTYPES):
         raise ValueError(f"an array of type {code}")
-    dtype = DTYPES[code]
-    if math.prod(shape) * dtype.itemsize != len(content) - head.size:
-        raise ValueError(f"an array of {shape} {dtype} in {len(content) - head.size} bytes")
-    return np.ndarray(shape, dtype, content, head.size)
+    dtype, num_bytes = DTYPES[code], len(memory) - start
+    if math.prod(shape) * dtype.itemsize != num_bytes:
+        raise ValueError(f"an array of {shape} {dtype} in {num_bytes} bytes")
+    return np.ndarray(shape, dtype, memory, start)
 
 
 def encode(message: Message, envelope: Envelope) -> list[Frame]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...api.batch import KeyColumn, Samples
+from ...api.batch import KeyColumn, Samples, places_in
 from ...api.errors import ConfigError
 
 Positions = Sequence[int] | npt.NDArray[np.int64]
@@ -83,8 +83,7 @@ class PackedSamples:
     @staticmethod
     def unsplit(parts: Sequence[PackedSamples], groups: Sequence[Sequence[int]]) -> PackedSamples:
         """The parts of a `split` by these groups, which hold every position once, back in the order before it."""
-        order = np.argsort(np.concatenate([np.asarray(group, np.int64) for group in groups]), kind="stable")
-        return PackedSamples.gather(parts).select(order)
+        return PackedSamples.gather(parts).select(places_in(groups))
 
     def unpack(self) -> list[PackedSamples]:
         """Each sample by itself."""

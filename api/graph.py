@@ -4,10 +4,15 @@ Edges are never written down: a call depends on whoever produces a key it reads,
 come from the dataset. A `Graph` is valid once it is constructed.
 
     dataset --tokens, loss_mask--> train(model)
+
+A traversal takes `batch_size` rows of the dataset through all calls. A call that has a smaller `batch_size` of its own
+fires several times in it, on the oldest sequences first. A call that trains a model waits, in each traversal, for the
+other calls of that model, unless they depend on it: all of a traversal is read by the same weights.
 """
 
 from __future__ import annotations
 
+from dataclasses import field
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +22,7 @@ from pydantic import PositiveInt
 from .algorithms import AlgorithmSettings
 from .errors import ConfigError
 from .functions import RewardFunction
+from .hooks import ModelHook
 from .record import record
 
 if TYPE_CHECKING:
@@ -59,13 +65,24 @@ class ModelFunctionCall:
     """Keys it reads; the first tells how long a sequence is."""
     outputs: tuple[str, ...] = ()
     """Keys it adds to each sequence."""
+    input_remap: dict[str, str] = field(default_factory=dict)
+    """The algorithm's names of inputs that it knows under another than the graph's, by the graph's."""
+    output_remap: dict[str, str] = field(default_factory=dict)
+    """The graph's names of outputs that the algorithm knows under another, by the algorithm's."""
+    pre_hooks: tuple[ModelHook, ...] = ()
+    """What is done to models before each firing."""
+    post_hooks: tuple[ModelHook, ...] = ()
+    """And after it."""
     batch_size: PositiveInt
-    """Sequences a traversal."""
+    """Sequences a firing; a traversal has as many as it takes to read all of its sequences."""
     minibatch_size: PositiveInt
     """Sequences a request; of a `train_step`: sequences an optimizer step."""
     passes: PositiveInt = 1
     """How often it goes over its batch; more than once only for a `train_step`."""
     microbatching: Microbatching
+
+    def __post_init__(self) -> None:
+        _check_remaps(self)
 
 
 @record
@@ -78,11 +95,40 @@ class FunctionCall:
     """What is called, and what becomes of its results."""
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    input_remap: dict[str, str] = field(default_factory=dict)
+    """As of a model function call."""
+    output_remap: dict[str, str] = field(default_factory=dict)
+    """As of a model function call."""
     batch_size: PositiveInt
-    """Sequences a traversal."""
+    """Sequences a firing; whole groups."""
+
+    def __post_init__(self) -> None:
+        _check_remaps(self)
 
 
 Call = ModelFunctionCall | FunctionCall
+
+
+def _check_remaps(call: Call) -> None:
+    for what, remap, named, keys in (
+        ("input_remap", call.input_remap, list(call.input_remap), call.inputs),
+        ("output_remap", call.output_remap, list(call.output_remap.values()), call.outputs),
+    ):
+        unknown = [key for key in named if key not in keys]
+        if unknown:
+            raise ConfigError(
+                f"call {call.name}, {what}",
+                unknown[0],
+                f"renames a key that is not among the call's keys ({', '.join(keys)})",
+                "correct the name, or take it out",
+            )
+        others = [key for key in keys if key not in named]
+        names = [*remap.values(), *others] if what == "input_remap" else [*remap, *others]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(
+                f"call {call.name}, {what}", twice, "two keys would have this name for the algorithm", "rename one"
+            )
 
 
 class Graph:
@@ -127,14 +173,20 @@ class Graph:
     def _in_order(self) -> tuple[Call, ...]:
         import networkx
 
-        try:
-            order = list(networkx.lexicographical_topological_sort(self.edges))
-        except networkx.NetworkXUnfeasible:
-            cycle = " -> ".join(edge[0] for edge in networkx.find_cycle(self.edges))
-            raise ConfigError(
-                f"graph {self.name}", cycle, "calls must not form a cycle", "break it at one key"
-            ) from None
+        self._check_acyclic(self.edges, "calls must not form a cycle", "break it at one key")
+        waits = self.edges.copy()
+        waits.add_edges_from((other, name) for name in self._call for other in self.waits_for(name))
+        rule = "a call that trains a model waits for the other calls of that model"
+        self._check_acyclic(waits, rule, "give one of them a model of its own")
+        order = networkx.lexicographical_topological_sort(waits)
         return tuple(self._call[name] for name in order if name != DATASET)
+
+    def _check_acyclic(self, edges: networkx.DiGraph[str], rule: str, cure: str) -> None:
+        import networkx
+
+        if not networkx.is_directed_acyclic_graph(edges):
+            cycle = " -> ".join(edge[0] for edge in networkx.find_cycle(edges))
+            raise ConfigError(f"graph {self.name}", cycle, rule, cure)
 
     @cached_property
     def edges(self) -> networkx.DiGraph[str]:
@@ -153,9 +205,14 @@ class Graph:
         return graph
 
     @property
+    def num_sequences(self) -> int:
+        """Of one traversal."""
+        return self.batch_size * self.sequences_per_row
+
+    @property
     def batch_size(self) -> int:
         """Rows that one traversal takes from the dataset."""
-        return max(call.batch_size for call in self.calls) // self.sequences_per_row
+        return max(call.batch_size for call in self._call.values()) // self.sequences_per_row
 
     @property
     def model_calls(self) -> tuple[ModelFunctionCall, ...]:
@@ -168,3 +225,54 @@ class Graph:
     def call(self, name: str) -> Call:
         """The call of this name."""
         return self._call[name]
+
+    @property
+    def sources(self) -> tuple[Call, ...]:
+        """Calls that read keys of the dataset only."""
+        return tuple(call for call in self.calls if not self.parents(call.name))
+
+    @property
+    def sinks(self) -> tuple[Call, ...]:
+        """Calls whose outputs no other reads."""
+        return tuple(call for call in self.calls if not self.children(call.name))
+
+    def parents(self, name: str) -> tuple[Call, ...]:
+        """Calls that produce what this one reads."""
+        producers = set(self.edges.predecessors(name))
+        return tuple(call for call in self.calls if call.name in producers)
+
+    def children(self, name: str) -> tuple[Call, ...]:
+        """Calls that read what this one produces."""
+        readers = set(self.edges.successors(name))
+        return tuple(call for call in self.calls if call.name in readers)
+
+    def descendants(self, name: str) -> frozenset[str]:
+        """Names of all calls that depend on this one, however far down."""
+        import networkx
+
+        return frozenset(networkx.descendants(self.edges, name))
+
+    def waits_for(self, name: str) -> frozenset[str]:
+        """Names of calls that must be done with a traversal before this one may begin with it.
+
+        Before a model is trained: the others that call it, unless they depend on the training.
+        """
+        call = self._call[name]
+        if not _trains(call):
+            return frozenset()
+        depending, declared = self.descendants(name), list(self._call)
+        waited = {other.name for other in self._call.values() if _model(other) == _model(call)} - depending - {name}
+        later = {
+            other
+            for other in declared[declared.index(name) :]
+            if _trains(self._call[other]) and name not in self.descendants(other)
+        }
+        return frozenset(waited - later)
+
+
+def _trains(call: Call) -> bool:
+    return isinstance(call, ModelFunctionCall) and call.kind is CallKind.TRAIN_STEP
+
+
+def _model(call: Call) -> str | None:
+    return call.model if isinstance(call, ModelFunctionCall) else None

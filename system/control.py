@@ -46,7 +46,6 @@ class Control:
             return False
         self.life.enter(State.RUNNING)
         self._step, self._num_steps = step, num_steps
-        self._server.step = step
         return True
 
     def finished(self, values: Mapping[str, float]) -> None:

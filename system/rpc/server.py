@@ -66,8 +66,6 @@ class Server:
         keys: MasterKeys | None = None,
     ) -> None:
         self.run, self.epoch = run, epoch
-        self.step = 0
-        """For logs: the step that requests belong to."""
         self._log_directory = log_directory
         self.roster = Roster(run, num_workers, code_digest)
         self.on_inquiry: Callable[[Inquire], RunStatus | Refuse] = lambda _: Refuse(reason="nobody here knows")
@@ -172,10 +170,11 @@ class Server:
         name: str,
         deadline_s: float,
         lane: Lane = Lane.COMPUTE,
+        step: int = 0,
         pre_hooks: tuple[Hook, ...] = (),
         post_hooks: tuple[Hook, ...] = (),
     ) -> asyncio.Future[Answer]:
-        """Asks a worker for something. `name` says in errors what it was.
+        """Asks a worker for something. `name` says in errors what it was, `step` in logs what it belongs to.
 
         The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that the worker raised),
         with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first.
@@ -192,7 +191,7 @@ class Server:
             lane=lane,
             deadline_s=deadline_s,
             submitted_s=self._loop.time(),
-            step=self.step,
+            step=step,
             command=command,
             pre_hooks=pre_hooks,
             post_hooks=post_hooks,
@@ -204,7 +203,7 @@ class Server:
             answer.set_exception(peer.lost)
             return answer
         timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, peer.expire, identity)
-        peer.pending[identity] = Pending(name, self.step, request.submitted_s, deadline_s, answer, timer)
+        peer.pending[identity] = Pending(name, step, request.submitted_s, deadline_s, answer, timer)
         return answer
 
     def probe(self) -> None:

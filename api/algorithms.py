@@ -1,4 +1,8 @@
-"""Settings of the algorithms that graphs name: what an experiment compiles its hyper-parameters to."""
+"""Settings of the algorithms that graphs name: what an experiment compiles its hyper-parameters to.
+
+Each says which keys its algorithm `reads` and `writes`, by the algorithm's own names; a call may read fewer than it has
+and keep fewer than are written, and may know them by other names (its remaps).
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,14 @@ class LossNormalisation(StrEnum):
 class SupervisedLoss:
     """See `workers/algorithms/sft.py`."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "tokens", "loss_mask"
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return ()
+
 
 @record
 class PolicyLoss:
@@ -47,14 +59,29 @@ class PolicyLoss:
     temperature: PositiveFloat
     """Of the sampling: log-probabilities are those of the distribution that was sampled from."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        keys = ("tokens", "loss_mask", "log_probabilities", "advantage")
+        return (*keys, "reference_log_probabilities") if self.kl_coefficient > 0 else keys
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return ()
+
 
 @record
 class LogProbabilities:
-    """Inference that adds a key with the log-probability of each response token, and 0 elsewhere."""
+    """Inference that adds the log-probability of each response token, and 0 elsewhere."""
 
-    output: str
-    """The key's name."""
     temperature: PositiveFloat
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return "tokens", "loss_mask"
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return ("log_probabilities",)
 
 
 @record
@@ -62,6 +89,14 @@ class Generation:
     """Responses to prompts; see `workers/pipeline/generation.py`."""
 
     sampling: Sampling
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("prompt",)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return "tokens", "loss_mask", "log_probabilities", "versions"
 
 
 AlgorithmSettings = SupervisedLoss | PolicyLoss | LogProbabilities | Generation

@@ -169,6 +169,10 @@ class RunOptions:
     target_reward: float | None = None
     """End the run early, once `evaluation/reward` is at or above this: one more step is taken, and saved. Needs an
     evaluation of answers, and `evaluate_every`."""
+    max_steps_ahead: NonNegativeInt = 0
+    """How many steps may begin before the one before them has ended: generation then runs while earlier responses are
+    scored and trained on. So responses come from weights that are at most this many steps old (`data/lag`). 0 is
+    synchronous. A step more costs the memory of one batch."""
     workers: PositiveInt | None = None
     """The number of workers; by default what the layouts ask for, and it must agree with them."""
     threads: PositiveInt | None = None

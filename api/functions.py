@@ -17,3 +17,12 @@ class RewardFunction:
     """Whether advantages are divided by their group's standard deviation."""
     drop_zero_variance: bool = False
     """Whether groups whose rewards are all alike leave the batch."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Keys, by its own names, as of an algorithm's settings."""
+        return "tokens", "loss_mask"
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return ("reward", "advantage") if self.has_advantages else ("reward",)

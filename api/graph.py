@@ -6,8 +6,9 @@ come from the dataset. A `Graph` is valid once it is constructed.
     dataset --tokens, loss_mask--> train(model)
 
 A traversal takes `batch_size` rows of the dataset through all calls. A call that has a smaller `batch_size` of its own
-fires several times in it, on the oldest sequences first. A call that trains a model waits, in each traversal, for the
-other calls of that model, unless they depend on it: all of a traversal is read by the same weights.
+fires several times in it, on the oldest sequences first. A call that changes a model, by training or by a hook, waits
+in each traversal for the other calls of that model, unless they depend on it: all of a traversal is read by the same
+weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import PositiveInt
 from .algorithms import AlgorithmSettings
 from .errors import ConfigError
 from .functions import RewardFunction
-from .hooks import ModelHook
+from .hooks import ModelHook, Reshard
 from .record import record
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Graph:
         self._check_acyclic(self.edges, "calls must not form a cycle", "break it at one key")
         waits = self.edges.copy()
         waits.add_edges_from((other, name) for name in self._call for other in self.waits_for(name))
-        rule = "a call that trains a model waits for the other calls of that model"
+        rule = "a call that changes a model waits for the other calls of that model"
         self._check_acyclic(waits, rule, "give one of them a model of its own")
         order = networkx.lexicographical_topological_sort(waits)
         return tuple(self._call[name] for name in order if name != DATASET)
@@ -255,24 +256,26 @@ class Graph:
     def waits_for(self, name: str) -> frozenset[str]:
         """Names of calls that must be done with a traversal before this one may begin with it.
 
-        Before a model is trained: the others that call it, unless they depend on the training.
+        Before a model changes, be it by training or by a hook: the others that call it, unless they depend on that.
         """
-        call = self._call[name]
-        if not _trains(call):
-            return frozenset()
-        depending, declared = self.descendants(name), list(self._call)
-        waited = {other.name for other in self._call.values() if _model(other) == _model(call)} - depending - {name}
-        later = {
-            other
-            for other in declared[declared.index(name) :]
-            if _trains(self._call[other]) and name not in self.descendants(other)
-        }
-        return frozenset(waited - later)
+        changed, depending = _changes(self._call[name]), self.descendants(name)
+        declared = list(self._call)
+        waited = set()
+        for other in self._call.values():
+            is_later = bool(_changes(other)) and declared.index(other.name) > declared.index(name)
+            if (
+                isinstance(other, ModelFunctionCall)
+                and other.model in changed
+                and other.name not in {name, *depending}
+                and (not is_later or name in self.descendants(other.name))
+            ):
+                waited.add(other.name)
+        return frozenset(waited)
 
 
-def _trains(call: Call) -> bool:
-    return isinstance(call, ModelFunctionCall) and call.kind is CallKind.TRAIN_STEP
-
-
-def _model(call: Call) -> str | None:
-    return call.model if isinstance(call, ModelFunctionCall) else None
+def _changes(call: Call) -> frozenset[str]:
+    """Models whose weights are others afterwards."""
+    if not isinstance(call, ModelFunctionCall):
+        return frozenset()
+    moved = {hook.target for hook in (*call.pre_hooks, *call.post_hooks) if isinstance(hook, Reshard)}
+    return frozenset(moved | ({call.model} if call.kind is CallKind.TRAIN_STEP else set()))

@@ -1,109 +1,118 @@
-"""The sequence buffer: which sequences are in flight, which keys they have, and which calls have read them. Pure.
+"""The sequence buffer: the sequences of one traversal, which keys they have, and who has yet to read them. Pure.
 
-    admit --> (a call takes what has all its inputs, oldest first, each sequence once) --> amend --> ... --> retire
+              tokens  reward  score        left
+    seq a       x       x       x            1      one call has yet to read it
+    seq b       x       x                    2
+    seq c       x      gone                  0      dropped by `reward`: what depends on that does not read it
 
-It costs by its content. A sequence retires after its last reader is done with it.
+Metadata only, in order of admission. It costs by its content: a cell is two numbers, and the columns that calls
+produced are kept as they came. A sequence retires when nobody has yet to read it.
+
+How many buffers there may be at once is the rule of `dataflow`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from ..api.batch import KeyColumn, Samples
 from ..api.graph import Call, Graph
 
+Places = npt.NDArray[np.int64]
+ABSENT = -1
 
-@dataclass(slots=True)
-class _Entry:
-    columns: dict[str, tuple[KeyColumn, int]]
-    """By key: the column that came with it and others, and its place there."""
-    taken: set[str] = field(default_factory=set)
-    """Calls that have taken it."""
-    done: set[str] = field(default_factory=set)
-    """Calls that are done with it."""
-    is_dropped: bool = False
-    """No further call takes it."""
+
+@dataclass(slots=True, eq=False)
+class _Column:
+    """One key, in the parts in which it came."""
+
+    part: Places
+    """`[sequence]`: in which of `parts` it is; `ABSENT` if it is not there yet."""
+    place: Places
+    """`[sequence]`: its place in there."""
+    parts: list[KeyColumn] = field(default_factory=list)
+
+    def add(self, column: KeyColumn, at: Places) -> None:
+        self.part[at], self.place[at] = len(self.parts), np.arange(len(column))
+        self.parts.append(column)
+
+    def select(self, at: Places) -> KeyColumn:
+        """Of these sequences, which all have it."""
+        used, part = np.unique(self.part[at], return_inverse=True)
+        chosen = [self.parts[number] for number in used]
+        starts = np.cumsum([0, *map(len, chosen)])
+        return KeyColumn.gather(chosen).select(starts[part] + self.place[at])
 
 
 class SequenceBuffer:
-    """Metadata only; sequences stand in order of admission."""
+    """The sequences of one traversal of `graph`, admitted with the keys of the dataset."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._readers = {call.name for call in graph.calls}
-        self._entries: dict[str, _Entry] = {}
+    def __init__(self, graph: Graph, samples: Samples) -> None:
+        self.ids = samples.ids
+        self._place = {sequence: place for place, sequence in enumerate(samples.ids)}
+        assert len(self._place) == len(samples), "sequences have unique ids"
+        self._descendants = {call.name: graph.descendants(call.name) for call in graph.calls}
+        self._columns: dict[str, _Column] = {}
+        self._gone: dict[str, npt.NDArray[np.bool_]] = {}
+        """By call: `[sequence]`, whether it was dropped before the call could read it."""
+        self._left = np.full(len(samples), len(graph.calls))
+        """`[sequence]`: calls that have yet to read it."""
+        self.amend(samples)
 
     def __len__(self) -> int:
-        return len(self._entries)
-
-    def admit(self, samples: Samples) -> None:
-        """New sequences, with the keys of the dataset."""
-        for position, sequence in enumerate(samples.ids):
-            assert sequence not in self._entries, f"sequence {sequence} is admitted twice"
-            self._entries[sequence] = _Entry({key: (column, position) for key, column in samples.keys.items()})
-
-    def take(self, call: Call, count: int) -> Samples | None:
-        """The `count` oldest sequences that have all of the call's inputs and that it has not taken; None if fewer."""
-        ready = [
-            sequence
-            for sequence, entry in self._entries.items()
-            if self._is_open(entry, call) and all(key in entry.columns for key in call.inputs)
-        ][:count]
-        if len(ready) < count:
-            return None
-        if not ready:
-            return Samples(ids=(), keys={})
-        entries = [self._entries[sequence] for sequence in ready]
-        for entry in entries:
-            entry.taken.add(call.name)
-        keys = {key: _joined(key, [entry.columns[key] for entry in entries]) for key in call.inputs}
-        return Samples(ids=tuple(ready), keys=keys)
-
-    def num_open(self, call: Call) -> int:
-        """How many sequences the call has yet to take, ready or not."""
-        return sum(self._is_open(entry, call) for entry in self._entries.values())
-
-    def drop(self, sequences: Sequence[str]) -> tuple[str, ...]:
-        """No further call takes these; returns those of them that nobody is reading: they retire."""
-        for sequence in sequences:
-            self._entries[sequence].is_dropped = True
-        return self._retire(sequences)
+        """Sequences that have not retired."""
+        return int(np.count_nonzero(self._left))
 
     def amend(self, samples: Samples) -> None:
-        """Adds keys to sequences in flight; those that have retired are passed over."""
-        for position, sequence in enumerate(samples.ids):
-            if sequence in self._entries:
-                columns = self._entries[sequence].columns
-                for key, column in samples.keys.items():
-                    columns[key] = (column, position)
+        """Adds keys to sequences."""
+        at = self._places(samples.ids)
+        for key, column in samples.keys.items():
+            if key not in self._columns:
+                self._columns[key] = _Column(*np.full((2, len(self.ids)), ABSENT))
+            self._columns[key].add(column, at)
 
-    def finish(self, call: Call, sequences: Sequence[str]) -> tuple[str, ...]:
-        """The call is done with these; returns those of them that retire."""
-        for sequence in sequences:
-            self._entries[sequence].done.add(call.name)
-        return self._retire(sequences)
+    def look(self, call: Call, start: int, stop: int) -> Samples | None:
+        """The call's inputs of the sequences `start ... stop - 1`, less dropped ones; None before all are there."""
+        at = np.arange(start, min(stop, len(self.ids)))
+        if call.name in self._gone:
+            at = at[~self._gone[call.name][at]]
+        if not all(self._has(key, at) for key in call.inputs):
+            return None
+        keys = {key: self._columns[key].select(at) for key in call.inputs} if len(at) else {}
+        return Samples(ids=tuple(self.ids[place] for place in at.tolist()), keys=keys)
 
-    def _retire(self, sequences: Sequence[str]) -> tuple[str, ...]:
-        retired = []
-        for sequence in sequences:
-            entry = self._entries[sequence]
-            if entry.done == (entry.taken if entry.is_dropped else self._readers):
-                del self._entries[sequence]
-                retired.append(sequence)
-        return tuple(retired)
+    def lacks(self, call: Call, sequences: Sequence[str]) -> tuple[str, str] | None:
+        """The first sequence, and an output of the call that it has not."""
+        at = self._places(sequences)
+        for key in call.outputs:
+            if not self._has(key, at):
+                missing = at if key not in self._columns else at[self._columns[key].part[at] == ABSENT]
+                return self.ids[missing[0]], key
+        return None
 
-    @staticmethod
-    def _is_open(entry: _Entry, call: Call) -> bool:
-        return call.name not in entry.taken and not entry.is_dropped
+    def finish(self, call: Call, sequences: Sequence[str], dropped: Sequence[str] = ()) -> tuple[str, ...]:
+        """The call has read these. Calls that depend on it read none of `dropped`. Returns what retires."""
+        at, lost = self._places(sequences), self._places(dropped)
+        self._left[at] -= 1
+        for name in self._descendants[call.name] if len(lost) else ():
+            gone = self._gone.setdefault(name, np.zeros(len(self.ids), np.bool_))
+            self._left[lost] -= ~gone[lost]
+            gone[lost] = True
+        assert (self._left[at] >= 0).all(), "a call reads a sequence once"
+        return tuple(self.ids[place] for place in at[self._left[at] == 0].tolist())
 
+    def num_gone(self, call: Call) -> int:
+        """Sequences that were dropped before the call could read them."""
+        return int(np.count_nonzero(self._gone[call.name])) if call.name in self._gone else 0
 
-def _joined(key: str, cells: Sequence[tuple[KeyColumn, int]]) -> KeyColumn:
-    """One column of these sequences."""
-    runs: list[tuple[KeyColumn, list[int]]] = []
-    for column, position in cells:
-        if not runs or runs[-1][0] is not column:
-            runs.append((column, []))
-        runs[-1][1].append(position)
-    first = runs[0][0]
-    assert all(column.has_type_of(first) for column, _ in runs), f"key {key} differs in type"
-    return KeyColumn.gather([column.select(positions) for column, positions in runs])
+    def _has(self, key: str, at: Places) -> bool:
+        if not len(at):
+            return True
+        return key in self._columns and not (self._columns[key].part[at] == ABSENT).any()
+
+    def _places(self, sequences: Iterable[str]) -> Places:
+        return np.fromiter((self._place[sequence] for sequence in sequences), np.int64)

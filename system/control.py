@@ -35,6 +35,11 @@ class Control:
         self._num_tokens = 0
         server.on_inquiry = self.answer
 
+    @property
+    def is_held(self) -> bool:
+        """Whether no step may begin now."""
+        return self.is_stopping or not self._may_go_on.is_set()
+
     async def begin(self, step: int, num_steps: int) -> bool:
         """Waits while the run is paused; then whether to take this step."""
         if not self._may_go_on.is_set() and not self.is_stopping:

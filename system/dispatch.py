@@ -46,13 +46,14 @@ def first_cause(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def located(server: Server, where: Callable[[], str]) -> Iterator[None]:
-    """Notes with an error where in the run it was."""
+    """Notes with an error where in the run it was, unless that was noted closer to it."""
     try:
         yield
     except BaseException as error:
         lost = server.lost  # who watches for a loss has had this cancelled, perhaps
         cause = (lost.exception() if lost.done() else None) or first_cause(error)
-        cause.add_note(where())
+        if not getattr(cause, "__notes__", ()):
+            cause.add_note(where())
         raise
 
 

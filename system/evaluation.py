@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ..api.errors import ConfigError
 from ..api.experiments.base import CompiledExperiment, FedGraph
-from .executor import Executor, merge
+from .executor import Executor
 from .rpc.commands import DatasetOpened, Example, Mean
 from .rpc.server import Server
 from .storage import Storage
 from .stream import SampleStream
+from .traversal import merge
 
 
 class Evaluator:
@@ -24,7 +25,10 @@ class Evaluator:
     ) -> None:
         self.examples: tuple[Example, ...] = ()
         """Of the last batch."""
-        self._executor = Executor(fed.graph, compiled, server, storage)
+        run = compiled.run.name
+        self._executor = Executor(
+            fed.graph, compiled, server, storage, where=lambda step: f"evaluation after step {step} of run {run}"
+        )
         self._stream = SampleStream(server, storage, fed.graph.name, compiled.run.deadlines.call_s)
         replicas = max(compiled.models[call.model].model.layout.dp for call in fed.graph.model_calls)
         if opened.num_sequences < replicas:
@@ -36,17 +40,18 @@ class Evaluator:
             )
         self._counts = even_batches(opened.num_sequences, fed.graph.batch_size, replicas)
 
-    async def run(self) -> dict[str, float]:
-        """One pass. Returns `evaluation/NAME` of every statistic, weighted over all sequences."""
+    async def run(self, step: int) -> dict[str, float]:
+        """One pass, after this step. Returns `evaluation/NAME` of every statistic, weighted over all sequences."""
         totals: dict[str, Mean] = {}
-        for at, count in enumerate(self._counts):
-            samples = await self._stream.take(count)
-            if at + 1 < len(self._counts):
-                self._stream.prefetch(self._counts[at + 1])
-            traversal = await self._executor.traverse(samples)
-            for statistics in traversal.statistics.values():
-                merge(totals, statistics)
-            self.examples = traversal.examples
+        async with self._executor:
+            for at, count in enumerate(self._counts):
+                samples = await self._stream.take(step, count)
+                if at + 1 < len(self._counts):
+                    self._stream.prefetch(step, self._counts[at + 1])
+                traversal = await self._executor.admit(step, samples)
+                for statistics in traversal.statistics.values():
+                    merge(totals, statistics)
+                self.examples = traversal.examples
         return {f"evaluation/{name}": mean.total / mean.weight for name, mean in totals.items() if mean.weight}
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..api.graph import ModelFunctionCall
+from ..api.remap import input_keys
 from .demand import Needs, demand_of
 from .parcelling import parcel_out
 from .routing import route
@@ -18,12 +20,12 @@ from .rpc.parcels import Redistribute
 from .storage import Storage
 
 EVERY_STAGE_KEYS = ("tokens", "prompt")
-"""Keys that every pipeline stage reads; all others are read by the last stage only."""
+"""Keys that every pipeline stage reads, by the algorithm's names; all others are read by the last stage only."""
 
 
-def keys_of_stage(keys: Sequence[str], is_last: bool) -> tuple[str, ...]:
-    """Which of a call's keys a stage reads."""
-    return tuple(key for key in keys if is_last or key in EVERY_STAGE_KEYS)
+def keys_of_stage(call: ModelFunctionCall, is_last: bool) -> tuple[str, ...]:
+    """Which of a call's inputs a stage reads, by the graph's names."""
+    return tuple(key for name, key in input_keys(call).items() if is_last or name in EVERY_STAGE_KEYS)
 
 
 def plan_redistribution(needs: Needs, storage: Storage, tag: int, hosts: Sequence[str] = ()) -> dict[int, Redistribute]:

@@ -22,9 +22,9 @@ class SampleStream:
         self.position = 0
         self._ahead: tuple[int, asyncio.Future[Answer]] | None = None
 
-    async def take(self, count: int) -> Samples:
-        """The next `count` sequences, now in the data worker's store."""
-        self.prefetch(count)
+    async def take(self, step: int, count: int) -> Samples:
+        """The next `count` sequences, for this step, now in the data worker's store."""
+        self.prefetch(step, count)
         assert self._ahead is not None, "prefetched"
         wanted, future = self._ahead
         assert wanted == count, f"{wanted} sequences were prefetched, {count} are taken"
@@ -36,11 +36,16 @@ class SampleStream:
         self._storage.add(DATA_RANK, fetched.samples)
         return fetched.samples
 
-    def prefetch(self, count: int) -> None:
+    def prefetch(self, step: int, count: int) -> None:
         """Asks for the next `count` sequences without waiting."""
         if self._ahead is None:
             fetch = Fetch(graph=self._graph, start=self.position, count=count)
             future = self._server.submit(
-                DATA_RANK, fetch, name=f"fetch {self._graph} data", deadline_s=self._deadline_s, lane=Lane.TRANSFER
+                DATA_RANK,
+                fetch,
+                name=f"fetch {self._graph} data",
+                deadline_s=self._deadline_s,
+                lane=Lane.TRANSFER,
+                step=step,
             )
             self._ahead = count, future

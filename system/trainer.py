@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..api.experiments.base import CompiledExperiment
@@ -15,7 +16,7 @@ from .checkpoints import CheckpointFolder
 from .control import TOKENS, Control
 from .dispatch import located
 from .evaluation import Evaluator
-from .executor import CALL_FUNCTION, CALL_MODEL, Executor, Traversal
+from .executor import Executor
 from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine
 from .rpc.commands import Save, ShardFile
@@ -23,6 +24,7 @@ from .rpc.server import Server
 from .service.logs import at
 from .storage import Storage
 from .stream import SampleStream
+from .traversal import CALL_FUNCTION, CALL_MODEL, Traversal, warnings_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,39 +56,67 @@ class Trainer:
         self._server, self._control = server, control
         self._evaluators, self._metrics, self._progress = evaluators, metrics, progress
         graph = compiled.training.graph
-        self._executor = Executor(graph, compiled, server, storage)
+        self._executor = Executor(graph, compiled, server, storage, compiled.run.max_steps_ahead, self._where)
         self._stream = SampleStream(server, storage, graph.name, compiled.run.deadlines.call_s)
         self._checkpoints = CheckpointFolder(compiled.run.path.resolve())
         self._step = 0
+        """The last that was admitted."""
+        self._in_flight: deque[tuple[int, asyncio.Future[Traversal]]] = deque()
+        """Oldest first."""
+        self._reported_s = 0.0
         self._trained = {call.name: call.model for call in graph.model_calls if call.kind is CallKind.TRAIN_STEP}
 
     async def run(self) -> None:
-        """All steps. Every step that is due to be saved is saved before the next begins."""
-        run = self._compiled.run.name
-        with located(self._server, lambda: f"step {self._step} of {self._cadence.num_steps} of run {run}"):
-            await self._run()
+        """All steps. Every step that is due to be saved is saved before it counts as done."""
+        with located(self._server, lambda: self._where(self._step)):
+            await self._evaluate(0)
+            self._progress.start(self._cadence.num_steps)
+            async with self._executor:
+                await self._run()
+
+    def _where(self, step: int) -> str:
+        return f"step {step} of {self._cadence.num_steps} of run {self._compiled.run.name}"
 
     async def _run(self) -> None:
-        await self._evaluate(0)
-        self._progress.start(self._cadence.num_steps)
+        self._reported_s = time.perf_counter()
         while self._step < self._cadence.num_steps:
-            if not await self._control.begin(self._step + 1, self._cadence.num_steps):
+            if self._in_flight and (self._in_flight[0][1].done() or not self._executor.has_room or self._is_held()):
+                await self._finish_oldest()
+            elif await self._control.begin(self._step + 1, self._cadence.num_steps):
+                await self._admit(self._step + 1)
+            else:
                 await self._stop_early()
                 return
-            self._step += 1
-            with at(step=self._step):
-                await self._take_step(self._step)
+        while self._in_flight:
+            await self._finish_oldest()
 
-    async def _take_step(self, step: int) -> None:
-        batch_size, start_s = self._compiled.training.graph.batch_size, time.perf_counter()
-        samples = await self._stream.take(batch_size)
+    def _is_held(self) -> bool:
+        """Whether what is in flight has to end before the next step begins: for an evaluation, or because somebody
+        asked."""
+        return self._control.is_held or (bool(self._evaluators) and self._cadence.evaluates_after(self._step))
+
+    async def _admit(self, step: int) -> None:
+        batch_size = self._compiled.training.graph.batch_size
+        if not self._in_flight:
+            self._reported_s = time.perf_counter()
+        samples = await self._stream.take(step, batch_size)
         if step < self._cadence.num_steps:
-            self._stream.prefetch(batch_size)
-        traversal = await self._executor.traverse(samples, self._saves(step))
-        self._report(step, traversal, time.perf_counter() - start_s)
-        if self._cadence.saves_after(step):
-            await self._publish(step, traversal.files)
-        await self._evaluate(step)
+            self._stream.prefetch(step + 1, batch_size)
+        self._step = step
+        self._in_flight.append((step, self._executor.admit(step, samples, self._saves(step))))
+
+    async def _finish_oldest(self) -> None:
+        """Steps are reported in order. One takes as long as it ends after the one before."""
+        step, complete = self._in_flight[0]
+        traversal = await complete
+        now_s = time.perf_counter()
+        with at(step=step):
+            self._report(step, traversal, now_s - self._reported_s)
+            self._reported_s = now_s
+            if self._cadence.saves_after(step):
+                await self._publish(step, traversal.files)
+            await self._evaluate(step)
+        self._in_flight.popleft()
 
     async def _stop_early(self) -> None:
         """Because somebody asked: what is not saved yet is saved."""
@@ -94,7 +124,7 @@ class Trainer:
         if step > 0 and not self._cadence.saves_after(step):
             path = self._checkpoints.begin(step)
             saves = {call: Save(model=model, directory=str(path)) for call, model in self._trained.items()}
-            await self._publish(step, await self._executor.save(saves))
+            await self._publish(step, await self._executor.save(step, saves))
         self._progress.note(f"stopped after step {step}, as asked")
 
     async def _publish(self, step: int, files: Sequence[ShardFile]) -> None:
@@ -114,7 +144,7 @@ class Trainer:
         start_s = time.perf_counter()
         values: dict[str, float] = {}
         for evaluator in self._evaluators:
-            values |= await evaluator.run()
+            values |= await evaluator.run(step)
             self._metrics.add_examples(step, "evaluation", evaluator.examples)
         values["seconds/evaluation"] = time.perf_counter() - start_s
         self._metrics.add(step, values)
@@ -141,9 +171,10 @@ class Trainer:
         values["seconds/step"] = seconds
         values["performance/tokens_per_s"] = tokens_per_s
         values[TOKENS] = traversal.num_tokens
+        values |= _accounts(traversal)
         values["performance/overhead_fraction"] = max(0.0, 1 - max(traversal.busy_s.values()) / seconds)
         self._metrics.add(step, values)
-        self._metrics.add_examples(step, "train", traversal.examples)
+        self._metrics.add_examples(step, "train", traversal.examples, traversal.lags)
         self._control.finished(values)
         text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         logger.info("step %d/%d: %s, %.0f tokens/s", step, self._cadence.num_steps, text, tokens_per_s)
@@ -153,13 +184,13 @@ class Trainer:
             self._progress.note(f"step {step}: {warning}")
 
 
-def warnings_of(traversal: Traversal) -> Iterator[str]:
-    """What a person should know about a step, in words."""
-    for statistics in traversal.statistics.values():
-        alike = statistics.get("zero_variance")
-        if alike is not None and alike.weight and alike.total == alike.weight:
-            yield "all groups have zero reward variance: nothing to learn from this step"
-    for call in traversal.skipped:
-        yield f"{call} was skipped: too few sequences were left for it"
-    if traversal.failures:
-        yield f"{len(traversal.failures)} samples got no score, such as {traversal.failures[0]}"
+def _accounts(traversal: Traversal) -> dict[str, float]:
+    """Where the step's sequences went, and how old the weights were that generated them."""
+    values: dict[str, float] = {
+        "data/sequences": traversal.num_sequences,
+        "data/dropped": traversal.num_sequences - min(traversal.num_read.values()),
+    }
+    if traversal.lags:
+        values["data/lag"] = sum(traversal.lags.values()) / len(traversal.lags)
+        values["data/lag_max"] = max(traversal.lags.values())
+    return values

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
-import torch
-from torch import Tensor
-
 from ..api.algorithms import Generation
-from ..api.batch import Samples
-from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import FedGraph
-from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
-from ..api.sampling import Sampling
+from ..api.graph import FunctionCall, Graph, ModelFunctionCall
 from ..system.rpc.commands import (
     CallDone,
     CallFunction,
@@ -32,12 +25,13 @@ from ..system.rpc.commands import (
     HostStore,
     JoinGroups,
     LoadModel,
-    Mean,
     ModelLoaded,
+    Offload,
     OpenDataset,
     OpenFunction,
     Redistribute,
     Release,
+    Reshard,
     Result,
     Save,
     ShardFile,
@@ -46,11 +40,9 @@ from ..system.rpc.commands import (
 )
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
-from .algorithms import inference_algorithm, training_algorithm
+from .calls import call_model
 from .context import ShardGroups, WorkerContext
-from .data.microbatch import Microbatch
 from .data.source import Limits, SequenceSource
-from .data.store import describe
 from .data.tokenization import check_reload, load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
@@ -58,7 +50,6 @@ from .functions.calls import FunctionRunner
 from .models.checkpoint import write_config, write_stage
 from .models.configs import config_of, model_limits
 from .parallel.groups import TCPStore, host_store
-from .pipeline.generation import Prompt, Response
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -122,6 +113,11 @@ class Handlers:
             case _:
                 assert_never(command)
 
+    @property
+    def num_stored(self) -> int:
+        """Values that nobody has released."""
+        return len(self._context.store)
+
     def abandon(self) -> None:
         """The epoch is over: whatever waits for this worker fails. Safe from any thread."""
         self._context.leave_groups()
@@ -144,12 +140,23 @@ class Handlers:
         shard = self._shards[hook.model]
         if shard.place.dp != 0:
             return ShardFile()
+        shard.restore()
         directory = Path(hook.directory)
         written = write_stage(shard.stage, directory)
         if shard.stage.is_first:
             write_config(shard.stage, directory)
             self._tokenizer(hook.model).save_pretrained(str(directory))
         return ShardFile(file=written.name, tensors=written.tensors, size_bytes=written.total_size_bytes)
+
+    def reshard(self, hook: Reshard) -> None:
+        """Both models are on the same workers; nothing happens on others."""
+        if hook.target in self._shards:
+            self._shards[hook.target].move_towards(self._shards[hook.source], hook.eta)
+
+    def offload(self, hook: Offload) -> None:
+        """Nothing happens on a worker without this model."""
+        if hook.model in self._shards:
+            self._shards[hook.model].offload()
 
     def _load_model(self, role: str) -> ModelLoaded:
         failpoint("worker.load_model", self._context.rank)
@@ -204,104 +211,11 @@ class Handlers:
 
     def _fetch(self, command: Fetch) -> Fetched:
         sequences = self._sources[command.graph].read(command.start, command.count)
-        return Fetched(samples=self._keep([(sequence.id, sequence.keys) for sequence in sequences]))
-
-    def _keep(self, sequences: Sequence[tuple[str, dict[str, Tensor]]]) -> Samples:
-        """Puts keys of sequences into the store; returns their metadata."""
-        for sequence, keys in sequences:
-            for key, value in keys.items():
-                self._context.store.put(sequence, key, value)
-        names = sequences[0][1]
-        return describe({key: [keys[key] for _, keys in sequences] for key in names}, [each for each, _ in sequences])
+        return Fetched(samples=self._context.store.put_all([(sequence.id, sequence.keys) for sequence in sequences]))
 
     def _call_model(self, command: CallModel) -> CallDone:
         call = self._context.compiled.graphs[command.graph].graph.call(command.call)
         assert isinstance(call, ModelFunctionCall), "the master calls models by their calls"
         failpoint(f"worker.{call.kind}", self._context.rank)
-        shard = self._shards[call.model]
-        outputs: Samples | None = None
-        match call.kind:
-            case CallKind.GENERATE:
-                statistics, outputs = self._generate(command, call, shard)
-            case CallKind.TRAIN_STEP:
-                training = training_algorithm(call.settings)
-                statistics = shard.train(training, self._microbatches(command, shard, training.last_stage_keys))
-            case CallKind.INFERENCE:
-                statistics, outputs = self._infer(command, call, shard)
-            case _:
-                assert_never(call.kind)
-        owns = shard.owns_outputs or (call.kind is CallKind.GENERATE and shard.stage.is_last)
-        return CallDone(statistics=statistics if owns else {}, version=shard.version, outputs=outputs)
-
-    def _infer(
-        self, command: CallModel, call: ModelFunctionCall, shard: ModelShard
-    ) -> tuple[dict[str, Mean], Samples | None]:
-        algorithm = inference_algorithm(call.settings)
-        microbatches = self._microbatches(command, shard, algorithm.last_stage_keys)
-        statistics, by_microbatch = shard.infer(algorithm, microbatches)
-        sequences: list[tuple[str, dict[str, Tensor]]] = []
-        for samples, outputs in zip(command.microbatches, by_microbatch, strict=False):  # empty before the last stage
-            if outputs:
-                lengths = list(samples.lengths("tokens"))
-                parts = {key: value.cpu().split(lengths) for key, value in outputs.items()}
-                sequences += [
-                    (sequence, {key: values[at].clone() for key, values in parts.items()})
-                    for at, sequence in enumerate(samples.ids)
-                ]
-        return statistics, self._keep(sequences) if sequences else None
-
-    def _generate(
-        self, command: CallModel, call: ModelFunctionCall, shard: ModelShard
-    ) -> tuple[dict[str, Mean], Samples | None]:
-        """Answers prompts; a sequence's tokens are its prompt and its response."""
-        assert isinstance(call.settings, Generation), "a generation says how it samples"
-        store, sampling = self._context.store, call.settings.sampling
-        prompts = [
-            [Prompt(sequence, store.get(sequence, "prompt")) for sequence in samples.ids]
-            for samples in command.microbatches
-        ]
-        responses = shard.generate(prompts, sampling, self._stop_ids(call, sampling))
-        if not responses:
-            return {}, None
-        flat = [prompt for microbatch in prompts for prompt in microbatch]
-        sequences = [
-            (response.id, _sequence_keys(prompt, response, shard.version))
-            for prompt, response in zip(flat, responses, strict=True)
-        ]
-        lengths = sum(len(response.tokens) for response in responses)
-        statistics = {
-            "response_length": Mean(total=lengths, weight=len(responses)),
-            "finished": Mean(total=sum(response.is_finished for response in responses), weight=len(responses)),
-        }
-        return statistics, self._keep(sequences)
-
-    def _stop_ids(self, call: ModelFunctionCall, sampling: Sampling) -> list[int]:
-        """Of end-of-sequence and of the stop tokens. Raises `ConfigError` for one that the tokenizer has not."""
-        tokenizer = self._tokenizer(call.model)
-        stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        vocabulary = tokenizer.get_vocab()
-        for token in sampling.stop_tokens:
-            if token not in vocabulary:
-                raise ConfigError(
-                    "sampling.stop_tokens", token, "the tokenizer has no such token", "write it as the tokenizer does"
-                )
-            stops.append(vocabulary[token])
-        return stops
-
-    def _microbatches(
-        self, command: CallModel, shard: ModelShard, last_stage_keys: tuple[str, ...]
-    ) -> list[Microbatch]:
-        keys = last_stage_keys if shard.stage.is_last else ()
-        store, device = self._context.store, self._context.device
-        return [store.microbatch(samples, keys, device) for samples in command.microbatches]
-
-
-def _sequence_keys(prompt: Prompt, response: Response, version: int) -> dict[str, Tensor]:
-    """The keys of a response's sequence, each `[T]`: 0 at the prompt's tokens, which nobody drew."""
-    before, drawn = len(prompt.tokens), len(response.tokens)
-    return {
-        "tokens": torch.cat([prompt.tokens, response.tokens]),
-        "loss_mask": torch.arange(before + drawn) >= before,
-        "log_probabilities": torch.cat([torch.zeros(before), response.logprobs]),
-        "versions": torch.full((before + drawn,), version, dtype=torch.int32),
-    }
+        shard, store = self._shards[call.model], self._context.store
+        return call_model(call, command.microbatches, shard, store, lambda: self._tokenizer(call.model))

@@ -27,6 +27,14 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: Optimizer) -> tor
     )
 
 
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """All that it keeps of its parameters."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = value.to(device)
+
+
 def learning_rate(config: Optimizer, step: int) -> float:
     """Of the optimizer's `step`-th step, from 1."""
     if step >= config.warmup_steps:

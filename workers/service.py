@@ -27,7 +27,17 @@ from typing import TYPE_CHECKING, TypeVar, assert_never
 from ..api.errors import ConfigError
 from ..api.experiment_file import ExperimentFile
 from ..system.rpc.client import EXIT_RUN_FAILED, Client
-from ..system.rpc.commands import CallFunction, CallModel, Command, Redistribute, Save, ShardFile
+from ..system.rpc.commands import (
+    CallFunction,
+    CallModel,
+    Command,
+    Hook,
+    Offload,
+    Redistribute,
+    Reshard,
+    Save,
+    ShardFile,
+)
 from ..system.rpc.messages import Failure, Lane, Register, Reply, Request, Success, Welcome, stacks_name
 from ..system.service.addresses import own_address
 from ..system.service.failpoints import failpoint
@@ -126,6 +136,8 @@ class Worker:
         self._serve(Lane.COMPUTE)
         for thread in lanes:
             thread.join()
+        if self._handlers is not None:
+            logger.info("%d values are left in the store", self._handlers.num_stored)
 
     def _abandon(self) -> None:
         """Has whatever waits for workers of an old epoch fail. Safe from any thread."""
@@ -179,12 +191,16 @@ def _name(command: Command) -> str:
     return command.call if isinstance(command, CallModel | CallFunction) else command.type
 
 
-def _run_hook(handlers: Handlers, hook: Redistribute | Save, files: list[ShardFile], seconds: dict[str, float]) -> None:
+def _run_hook(handlers: Handlers, hook: Hook, files: list[ShardFile], seconds: dict[str, float]) -> None:
     match hook:
         case Redistribute():
             _timed(hook.type, seconds, lambda: handlers.redistribute(hook))
         case Save():
             files.append(_timed(hook.type, seconds, lambda: handlers.save(hook)))
+        case Reshard():
+            _timed(hook.type, seconds, lambda: handlers.reshard(hook))
+        case Offload():
+            _timed(hook.type, seconds, lambda: handlers.offload(hook))
         case _:
             assert_never(hook)
 

@@ -16,11 +16,12 @@ from ..api.sampling import Sampling
 from ..system.rpc.commands import Mean
 from .algorithms.base import InferenceAlgorithm, TrainingAlgorithm
 from .algorithms.statistics import Statistics
+from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
-from .optimizer import clip, learning_rate, make_optimizer
+from .optimizer import clip, learning_rate, make_optimizer, move_state
 from .parallel.gradients import all_reduce_gradients, squared_norm
 from .pipeline.generation import Prompt, Response, generate
 from .pipeline.lowering import inference_program, training_program
@@ -28,7 +29,10 @@ from .pipeline.runner import Runner
 
 
 class ModelShard:
-    """Owns weights and optimizer state. `version` counts the optimizer steps behind the weights."""
+    """Owns weights and optimizer state. `version` counts the optimizer steps behind the weights.
+
+    Between calls they may be in the host's memory (`is_offloaded`); whatever uses them brings them back first.
+    """
 
     def __init__(self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups) -> None:
         self.placed, self.groups = placed, groups
@@ -37,6 +41,7 @@ class ModelShard:
         self._seed = context.compiled.run.seed
         self.stage = _make_stage(placed, self.place, context)
         self.version = 0
+        self.is_offloaded = False
         self._optimizer: torch.optim.AdamW | None = None
         if placed.optimizer is not None:
             self._optimizer = make_optimizer(list(self.stage.parameters()), placed.optimizer)
@@ -58,6 +63,7 @@ class ModelShard:
     def train(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> dict[str, Mean]:
         """One optimizer step on this replica's share of a minibatch. Statistics are those of the whole minibatch."""
         assert self._optimizer is not None, "the graph trains models with an optimizer only"
+        self.restore()
         statistics = Statistics(self.device)
         weight = self._total_weight(algorithm, microbatches)
         norm: list[float] = []
@@ -86,6 +92,7 @@ class ModelShard:
         self, algorithm: InferenceAlgorithm, microbatches: Sequence[Microbatch]
     ) -> tuple[dict[str, Mean], list[dict[str, Tensor]]]:
         """Forward only. Returns statistics of all replicas and, on the last stage, new keys by microbatch."""
+        self.restore()
         statistics = Statistics(self.device)
         outputs: list[dict[str, Tensor]] = []
 
@@ -101,11 +108,36 @@ class ModelShard:
         self, microbatches: Sequence[Sequence[Prompt]], sampling: Sampling, stop_ids: Sequence[int]
     ) -> list[Response]:
         """Responses to this replica's prompts, in their order; none but on the last stage."""
+        self.restore()
         groups, seed = self.groups, self._seed
         responses = generate(
             self.stage, groups.pipe, microbatches, sampling, stop_ids, seed, self.device, home=groups.gradients
         )
         return responses or []
+
+    def move_towards(self, source: ModelShard, eta: float) -> None:
+        """Weights become `eta * source + (1 - eta) * their own`, and the version the source's. It is not trained."""
+        assert self._optimizer is None, "the state of an optimizer belongs to weights that it stepped itself"
+        source.restore()
+        self.restore()
+        blend(source.stage, self.stage, eta)
+        self.version = source.version
+
+    def offload(self) -> None:
+        """Moves weights, gradients and optimizer state to the host's memory, until they are used again."""
+        self._move(torch.device("cpu"))
+        self.is_offloaded = True
+
+    def restore(self) -> None:
+        """Moves them back to where they are used, if they are offloaded."""
+        if self.is_offloaded:
+            self._move(self.device)
+            self.is_offloaded = False
+
+    def _move(self, device: torch.device) -> None:
+        self.stage.to(device)
+        if self._optimizer is not None:
+            move_state(self._optimizer, device)
 
     def _total_weight(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> float:
         """Of the whole minibatch, over all replicas; on the last stage, where losses are."""

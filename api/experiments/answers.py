@@ -14,7 +14,6 @@ from ..sampling import Sampling
 from .base import FedGraph
 
 PROMPT_KEYS = ("prompt",)
-RESPONSE_KEYS = ("tokens", "loss_mask", "log_probabilities", "versions")
 
 
 @record
@@ -35,11 +34,12 @@ class AnswerEvaluation:
 
         `field`: the experiment's, which holds this evaluation; it names the graph too.
         """
+        function = RewardFunction(reward=self.reward, has_advantages=False)
         score = FunctionCall(
             name="score",
-            function=RewardFunction(reward=self.reward, has_advantages=False),
-            inputs=("tokens", "loss_mask"),
-            outputs=("reward",),
+            function=function,
+            inputs=function.reads,
+            outputs=function.writes,
             batch_size=self.batch_size,
         )
         answer = generate_call(role, model, self.sampling, self.batch_size, max_tokens)
@@ -50,13 +50,14 @@ class AnswerEvaluation:
 
 def generate_call(role: str, model: Model, sampling: Sampling, batch_size: int, max_tokens: int) -> ModelFunctionCall:
     """Answers prompts with the model in this role; `max_tokens` a pipeline slot, the answers' room included."""
+    settings = Generation(sampling=sampling)
     return ModelFunctionCall(
         name="generate",
         model=role,
         kind=CallKind.GENERATE,
-        settings=Generation(sampling=sampling),
-        inputs=PROMPT_KEYS,
-        outputs=RESPONSE_KEYS,
+        settings=settings,
+        inputs=settings.reads,
+        outputs=settings.writes,
         batch_size=batch_size,
         minibatch_size=batch_size,
         microbatching=Microbatching(max_tokens=max_tokens, min_count=model.layout.pp),

@@ -8,6 +8,7 @@ from typing import Protocol
 from ..config import Dataset, Model, Optimizer, RunOptions
 from ..errors import ConfigError
 from ..graph import Graph
+from .validation import check_graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class FedGraph:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledExperiment:
-    """An experiment as the master runs it."""
+    """An experiment as the master runs it. Raises `ConfigError` if its parts do not fit together."""
 
     run: RunOptions
     models: dict[str, PlacedModel]
@@ -47,6 +48,10 @@ class CompiledExperiment:
     """Traversed once a step."""
     evaluations: tuple[FedGraph, ...] = ()
     """Each runs between steps, over the whole of its own dataset."""
+
+    def __post_init__(self) -> None:
+        for fed in (self.training, *self.evaluations):
+            check_graph(fed.graph, self.models)
 
     @property
     def graphs(self) -> dict[str, FedGraph]:

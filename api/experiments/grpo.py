@@ -8,8 +8,9 @@ prompts --prompt--> generate(actor) --tokens, loss_mask--> reward ------------ad
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Annotated
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from ..algorithms import (
     KLEstimator,
@@ -21,6 +22,7 @@ from ..config import Dataset, Model, Optimizer, RunOptions
 from ..errors import ConfigError
 from ..functions import RewardFunction
 from ..graph import Call, CallKind, FunctionCall, Graph, Microbatching, ModelFunctionCall
+from ..hooks import Reshard
 from ..record import record
 from ..rewards import Reward
 from ..sampling import Sampling
@@ -51,6 +53,10 @@ class GRPO:
     reference_apart: bool = False
     """Whether the reference has workers of its own; otherwise it shares the actor's. Only with a
     `kl_coefficient`."""
+    reference_eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """After each step the reference moves towards the actor: `reference = reference_eta * actor + (1 - reference_eta) *
+    reference` (TRL: `sync_ref_model`, `ref_model_mixup_alpha`). 0 leaves it where it is, 1 copies the actor. Only with
+    a `kl_coefficient`, a reference laid out like the actor, and not with `reference_apart`."""
     evaluation: AnswerEvaluation | None = None
     """Held-out prompts that the actor answers: the mean reward is reported as `evaluation/reward`."""
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -101,6 +107,15 @@ class GRPO:
                 f"actor.layout.dp ({dp})",
                 "lower it, or change batch_size",
             )
+        if self.clip_low >= 1:
+            raise ConfigError(
+                "clip_low", self.clip_low, "a probability ratio is never negative", "use a value below 1, such as 0.2"
+            )
+        self._check_reference(num_sequences)
+        has_evaluation = self.evaluation is not None
+        check_run(self.run, self._num_workers, has_evaluation=has_evaluation, has_reward=has_evaluation)
+
+    def _check_reference(self, num_sequences: int) -> None:
         if self.reference is not None and self.reference.layout.dp > num_sequences:
             raise ConfigError(
                 "reference.layout.dp",
@@ -115,19 +130,25 @@ class GRPO:
                 "nothing reads it while kl_coefficient is 0",
                 "raise kl_coefficient, or leave it out",
             )
-        if self.reference_apart and self.kl_coefficient == 0:
+        for name, value in (("reference_apart", self.reference_apart), ("reference_eta", self.reference_eta)):
+            if value and self.kl_coefficient == 0:
+                raise ConfigError(
+                    name, value, "there is no reference while kl_coefficient is 0", "raise it, or leave this out"
+                )
+        if self.reference_eta > 0 and self.reference_apart:
             raise ConfigError(
-                "reference_apart",
-                True,
-                "there is no reference while kl_coefficient is 0",
-                "raise it, or leave this out",
+                "reference_eta",
+                self.reference_eta,
+                "this version moves a reference on the actor's workers only",
+                "leave reference_apart out, or this",
             )
-        if self.clip_low >= 1:
+        if self.reference_eta > 0 and self.reference is not None and self.reference.layout != self.actor.layout:
             raise ConfigError(
-                "clip_low", self.clip_low, "a probability ratio is never negative", "use a value below 1, such as 0.2"
+                "reference_eta",
+                self.reference_eta,
+                "this version moves a reference of the actor's layout only",
+                "make reference.layout and actor.layout equal, or leave this out",
             )
-        has_evaluation = self.evaluation is not None
-        check_run(self.run, self._num_workers, has_evaluation=has_evaluation, has_reward=has_evaluation)
 
     @property
     def _reference(self) -> Model | None:
@@ -162,56 +183,57 @@ class GRPO:
 
     def _training_graph(self) -> Graph:
         num_sequences = self.batch_size * self.group_size
+        function = RewardFunction(
+            reward=self.reward, normalise_by_std=self.normalise_by_std, drop_zero_variance=self.drop_zero_variance
+        )
         calls: list[Call] = [
             generate_call(ACTOR, self.actor, self.sampling, num_sequences, self.microbatch_tokens),
             FunctionCall(
                 name="reward",
-                function=RewardFunction(
-                    reward=self.reward,
-                    normalise_by_std=self.normalise_by_std,
-                    drop_zero_variance=self.drop_zero_variance,
-                ),
-                inputs=("tokens", "loss_mask"),
-                outputs=("reward", "advantage"),
+                function=function,
+                inputs=function.reads,
+                outputs=function.writes,
                 batch_size=num_sequences,
             ),
+            self._train_call(num_sequences),
         ]
-        inputs: tuple[str, ...] = ("tokens", "loss_mask", "log_probabilities", "advantage")
-        reference = self._reference
-        if reference is not None:
-            key = "reference_log_probabilities"
-            inputs = (*inputs, key)
-            calls.append(
-                ModelFunctionCall(
-                    name="reference",
-                    model=REFERENCE,
-                    kind=CallKind.INFERENCE,
-                    settings=LogProbabilities(output=key, temperature=self.sampling.temperature),
-                    inputs=("tokens", "loss_mask"),
-                    outputs=(key,),
-                    batch_size=num_sequences,
-                    minibatch_size=num_sequences,
-                    microbatching=Microbatching(max_tokens=self.microbatch_tokens, min_count=reference.layout.pp),
-                )
-            )
-        calls.append(
-            ModelFunctionCall(
-                name="train",
-                model=ACTOR,
-                kind=CallKind.TRAIN_STEP,
-                settings=PolicyLoss(
-                    clip_low=self.clip_low,
-                    clip_high=self.clip_high,
-                    kl_coefficient=self.kl_coefficient,
-                    kl_estimator=self.kl_estimator,
-                    normalisation=self.loss_normalisation,
-                    temperature=self.sampling.temperature,
-                ),
-                inputs=inputs,
-                batch_size=num_sequences,
-                minibatch_size=num_sequences // self.minibatches,
-                passes=self.passes,
-                microbatching=Microbatching(max_tokens=self.microbatch_tokens, min_count=self.actor.layout.pp),
-            )
-        )
+        if self._reference is not None:
+            calls.append(self._reference_call(self._reference, num_sequences))
         return Graph("grpo", tuple(calls), PROMPT_KEYS, sequences_per_row=self.group_size)
+
+    def _reference_call(self, reference: Model, num_sequences: int) -> ModelFunctionCall:
+        settings, key = LogProbabilities(temperature=self.sampling.temperature), "reference_log_probabilities"
+        return ModelFunctionCall(
+            name="reference",
+            model=REFERENCE,
+            kind=CallKind.INFERENCE,
+            settings=settings,
+            inputs=settings.reads,
+            outputs=(key,),
+            output_remap={"log_probabilities": key},
+            batch_size=num_sequences,
+            minibatch_size=num_sequences,
+            microbatching=Microbatching(max_tokens=self.microbatch_tokens, min_count=reference.layout.pp),
+        )
+
+    def _train_call(self, num_sequences: int) -> ModelFunctionCall:
+        settings = PolicyLoss(
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            kl_coefficient=self.kl_coefficient,
+            kl_estimator=self.kl_estimator,
+            normalisation=self.loss_normalisation,
+            temperature=self.sampling.temperature,
+        )
+        return ModelFunctionCall(
+            name="train",
+            model=ACTOR,
+            kind=CallKind.TRAIN_STEP,
+            settings=settings,
+            inputs=settings.reads,
+            post_hooks=(Reshard(source=ACTOR, target=REFERENCE, eta=self.reference_eta),) if self.reference_eta else (),
+            batch_size=num_sequences,
+            minibatch_size=num_sequences // self.minibatches,
+            passes=self.passes,
+            microbatching=Microbatching(max_tokens=self.microbatch_tokens, min_count=self.actor.layout.pp),
+        )

@@ -26,6 +26,7 @@ class _Entry:
     values: dict[str, float] = field(default_factory=dict)
     source: str = ""
     examples: tuple[Example, ...] = ()
+    lags: Mapping[str, int] = field(default_factory=dict)
 
 
 class MetricsLog:
@@ -43,11 +44,14 @@ class MetricsLog:
         self._check()
         self._queue.put(_Entry(step, values=dict(values)))
 
-    def add_examples(self, step: int, source: str, examples: Sequence[Example]) -> None:
-        """Responses as text, to `samples.jsonl` and TensorBoard's text page."""
+    def add_examples(
+        self, step: int, source: str, examples: Sequence[Example], lags: Mapping[str, int] | None = None
+    ) -> None:
+        """Responses as text, to `samples.jsonl` and TensorBoard's text page; `lags` by their ids, see `Traversal`."""
         self._check()
         if examples:
-            self._queue.put(_Entry(step, source=source, examples=tuple(examples)))
+            lags = {example.id: (lags or {}).get(example.id, 0) for example in examples}
+            self._queue.put(_Entry(step, source=source, examples=tuple(examples), lags=lags))
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises `RunError` if it is not."""
@@ -79,6 +83,7 @@ class MetricsLog:
                     writer.add_scalar(name, value, entry.step)
                 for example in entry.examples:
                     row = {"step": entry.step, "source": entry.source, **dataclasses.asdict(example)}
+                    row["lag"] = entry.lags[example.id]
                     samples.write(json.dumps(row, ensure_ascii=False) + "\n")
                 if entry.examples:
                     writer.add_text(f"samples/{entry.source}", _as_markdown(entry.examples), entry.step)

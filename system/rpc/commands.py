@@ -11,6 +11,8 @@ import numpy as np
 from pydantic import Field, InstanceOf, NonNegativeInt
 
 from ...api.batch import Samples
+from ...api.hooks import Offload as Offload
+from ...api.hooks import Reshard as Reshard
 from ...api.record import record
 from .parcels import Redistribute as Redistribute
 
@@ -29,7 +31,7 @@ class Save:
     directory: str
 
 
-Hook = Annotated[Redistribute | Save, Field(discriminator="type")]
+Hook = Annotated[Redistribute | Save | Reshard | Offload, Field(discriminator="type")]
 
 
 @record

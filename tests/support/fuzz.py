@@ -35,6 +35,7 @@ from trainmaster.system.rpc.commands import (
     OpenDataset,
     OpenFunction,
     Release,
+    Reshard,
     Save,
     ShardFile,
     StoreAddress,
@@ -127,7 +128,7 @@ def corpus(run: str, epoch: int, digest: str, ids: range) -> list[Message]:
             submitted_s=0.0,
             command=command,
             pre_hooks=(REDISTRIBUTE,),
-            post_hooks=(Save(model="actor", directory="here"),),
+            post_hooks=(Reshard(source="actor", target="reference", eta=0.3), Save(model="actor", directory="here")),
         )
         for identity in ids
         for lane, command in zip(list(Lane) * 4, COMMANDS, strict=False)

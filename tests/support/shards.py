@@ -3,6 +3,8 @@
     test --submit--> process of rank 0: shards of "one", "stages" (stage 0), "copies" (replica 0)   ---+
          --submit--> process of rank 1: shards of        "stages" (stage 1), "copies" (replica 1)   ---+-- gloo groups
 
+For what needs no other worker, `lone_shard` makes any worker's shard of any layout here.
+
 Shards are `ModelShard`, inputs pass through `Store`, and minibatches are cut by `plan_microbatches`, as in a run; there
 is no master, so a test says what is trained on.
 """
@@ -23,8 +25,10 @@ import torch
 from trainmaster.api.algorithms import KLEstimator, LossNormalisation, PolicyLoss
 from trainmaster.api.balance import plan_microbatches
 from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.experiments.answers import PROMPT_KEYS, generate_call
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.grpo import GRPO
+from trainmaster.api.graph import Graph
 from trainmaster.api.rewards import Reward
 from trainmaster.api.sampling import Sampling
 from trainmaster.workers.algorithms.grpo import GroupRelativePolicy
@@ -39,6 +43,7 @@ from workbench import TINY_MODEL
 ADDRESS = "127.0.0.1"
 NUM_WORKERS = 2
 LAYOUTS = {"one": Layout(), "stages": Layout(pp=2), "copies": Layout(dp=2)}
+MODEL = Model(config=TINY_MODEL | {"initializer_range": 0.2}, tokenizer=Path("none"))
 OPTIMIZER = Optimizer(learning_rate=1e-3, warmup_steps=2)
 LOSS = PolicyLoss(
     clip_low=0.2,
@@ -146,7 +151,7 @@ class Worker:
             for sequence, tensor in zip(samples.ids, tensors, strict=True):
                 store.put(sequence, key, tensor)
         shard, algorithm = self.shards[layout], GroupRelativePolicy(LOSS)
-        keys = algorithm.last_stage_keys if shard.stage.is_last else ()
+        keys = LOSS.reads if shard.stage.is_last else ()
         share = self._share(layout, samples.lengths("tokens"), samples.ids, TRAINING_TOKENS)
         microbatches = [store.microbatch(samples.select(places), keys, self.context.device) for places in share]
         statistics = shard.train(algorithm, microbatches)
@@ -204,10 +209,12 @@ def sample_and_train(worker: Worker, num_steps: int) -> Report:
     return {layout: steps for layout, steps in done.items() if worker.reports(layout)}
 
 
-def replay(worker: Worker, recorded: Sequence[Step]) -> Report:
-    """Every layout on the same recorded rollouts."""
+def replay(worker: Worker, recorded: Sequence[Step], offloads: bool = False) -> Report:
+    """Every layout on the same recorded rollouts. `offloads`: shards are offloaded before each optimizer step."""
     done = {
-        layout: [Step(rollouts=step.rollouts, updates=_updates(worker, layout, step.rollouts)) for step in recorded]
+        layout: [
+            Step(rollouts=step.rollouts, updates=_updates(worker, layout, step.rollouts, offloads)) for step in recorded
+        ]
         for layout in worker.shards
     }
     return {layout: steps for layout, steps in done.items() if worker.reports(layout)}
@@ -238,20 +245,36 @@ def _run(job: Callable[..., Report], rank: int, port: int, arguments: tuple[obje
     return job(Worker(rank, port), *arguments)
 
 
+def lone_shard(layout: Layout, rank: int, is_trained: bool = True, device: torch.device | None = None) -> ModelShard:
+    """Rank's shard of a model in this layout, which knows no other worker."""
+    context = WorkerContext(
+        rank=rank,
+        num_workers=layout.num_workers,
+        device=device or torch.device("cpu"),
+        compiled=_compiled(),
+        name="lone",
+        address=ADDRESS,
+    )
+    optimizer = OPTIMIZER if is_trained else None
+    placed = PlacedModel(model=replace(MODEL, layout=layout), optimizer=optimizer, field="actor")
+    return ModelShard(placed, context, ShardGroups())
+
+
 def _compiled() -> CompiledExperiment:
-    model = Model(config=TINY_MODEL | {"initializer_range": 0.2}, tokenizer=Path("none"))
     nothing = GRPO(
-        actor=model,
+        actor=MODEL,
         prompts=Dataset(path=Path("none")),
         reward=Reward(function="none"),
         sampling=SAMPLING,
         run=RunOptions(name="shards", seed=3, deadlines=Deadlines(setup_s=60.0, call_s=60.0)),
     )
     models = {
-        role: PlacedModel(model=replace(model, layout=layout), optimizer=OPTIMIZER, field="actor")
+        role: PlacedModel(model=replace(MODEL, layout=layout), optimizer=OPTIMIZER, field="actor")
         for role, layout in LAYOUTS.items()
     }
-    return replace(nothing.compile(), models=models)
+    compiled = nothing.compile()
+    graph = Graph("shards", (generate_call("one", MODEL, SAMPLING, 1, GENERATION_TOKENS),), PROMPT_KEYS)
+    return replace(compiled, models=models, training=replace(compiled.training, graph=graph))
 
 
 def _prompts(step: int) -> list[Prompt]:
@@ -272,6 +295,10 @@ def _with_advantages(rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
     return tuple(replace(each, advantage=advantages[each.id]) for each in rollouts)
 
 
-def _updates(worker: Worker, layout: str, rollouts: Sequence[Rollout]) -> tuple[Update, ...]:
-    size = len(rollouts) // NUM_MINIBATCHES
-    return tuple(worker.train(layout, rollouts[start : start + size]) for start in range(0, len(rollouts), size))
+def _updates(worker: Worker, layout: str, rollouts: Sequence[Rollout], offloads: bool = False) -> tuple[Update, ...]:
+    size, updates = len(rollouts) // NUM_MINIBATCHES, []
+    for start in range(0, len(rollouts), size):
+        if offloads:
+            worker.shards[layout].offload()
+        updates.append(worker.train(layout, rollouts[start : start + size]))
+    return tuple(updates)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trainmaster.api.algorithms import SupervisedLoss
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.api.errors import RunError
+from trainmaster.api.graph import CallKind, Microbatching, ModelFunctionCall
 from trainmaster.system.redistribution import keys_of_stage, plan_redistribution
 from trainmaster.system.rpc.codec import encode_body
 from trainmaster.system.rpc.commands import Transfer
@@ -320,6 +322,30 @@ def test_what_nobody_holds_is_named(held: list[int], keys: tuple[str, ...], miss
         plan_redistribution(dict(reversed(needs.items())), storage, tag=0)
 
 
-def test_only_the_last_stage_receives_keys_besides_tokens():
-    assert keys_of_stage(("tokens", "loss_mask"), is_last=False) == ("tokens",)
-    assert keys_of_stage(("tokens", "loss_mask"), is_last=True) == ("tokens", "loss_mask")
+def call_that_reads(*keys: str, **input_remap: str) -> ModelFunctionCall:
+    return ModelFunctionCall(
+        name="score",
+        model="actor",
+        kind=CallKind.INFERENCE,
+        settings=SupervisedLoss(),
+        inputs=keys,
+        input_remap=input_remap,
+        batch_size=1,
+        minibatch_size=1,
+        microbatching=Microbatching(max_tokens=8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "every_stage"),
+    [
+        (call_that_reads("tokens", "loss_mask"), ("tokens",)),
+        (call_that_reads("prompt", "loss_mask"), ("prompt",)),
+        (call_that_reads("loss_mask", "chosen", chosen="tokens"), ("chosen",)),
+        (call_that_reads("tokens", "prompt", tokens="prompt", prompt="tokens"), ("tokens", "prompt")),
+        (call_that_reads("chosen", "tokens", chosen="tokens", tokens="rejected"), ("chosen",)),
+    ],
+)
+def test_only_the_last_stage_receives_what_the_algorithm_does_not_know_as_tokens(call, every_stage):
+    assert keys_of_stage(call, is_last=False) == every_stage
+    assert keys_of_stage(call, is_last=True) == call.inputs

@@ -1,5 +1,7 @@
 """What algorithms offer a shard. All are called on the last stage only, and keep nothing between calls.
 
+Which keys they read and write, their settings in `api/algorithms.py` say.
+
 Shapes: T tokens of a packed microbatch, H hidden size.
 """
 
@@ -17,10 +19,6 @@ from .statistics import Statistics
 class TrainingAlgorithm(Protocol):
     """For `train_step`: a minibatch's loss is `sum of losses / sum of weights`, over all microbatches and replicas."""
 
-    @property
-    def last_stage_keys(self) -> tuple[str, ...]:
-        """Keys that it reads, besides `tokens`."""
-
     def weight(self, microbatch: Microbatch) -> float:
         """What the microbatch counts for."""
 
@@ -30,10 +28,6 @@ class TrainingAlgorithm(Protocol):
 
 class InferenceAlgorithm(Protocol):
     """For `inference`."""
-
-    @property
-    def last_stage_keys(self) -> tuple[str, ...]:
-        """Keys that it reads, besides `tokens`."""
 
     def infer(self, stage: Stage, hidden: Tensor, microbatch: Microbatch, statistics: Statistics) -> dict[str, Tensor]:
         """New keys of the microbatch's sequences, each `[T]`; none if only the statistics matter."""

@@ -55,11 +55,6 @@ class GroupRelativePolicy:
 
     settings: PolicyLoss
 
-    @property
-    def last_stage_keys(self) -> tuple[str, ...]:
-        keys = ("loss_mask", "log_probabilities", "advantage")
-        return (*keys, "reference_log_probabilities") if self.settings.kl_coefficient > 0 else keys
-
     def weight(self, microbatch: Microbatch) -> float:
         """Response tokens, or responses."""
         if self.settings.normalisation is LossNormalisation.SEQUENCE:
@@ -106,10 +101,9 @@ class GroupRelativePolicy:
 
 @dataclass(frozen=True, slots=True)
 class ResponseLogProbabilities:
-    """Adds the key `settings.output`: float32 `[T]`, the log-probability of each response token, 0 elsewhere."""
+    """Adds `log_probabilities`: float32 `[T]`, of each response token, 0 elsewhere."""
 
     settings: LogProbabilities
-    last_stage_keys: tuple[str, ...] = ("loss_mask",)
 
     def infer(self, stage: Stage, hidden: Tensor, microbatch: Microbatch, statistics: Statistics) -> dict[str, Tensor]:
         positions = predicted_positions(microbatch.keys["loss_mask"], microbatch.packed)
@@ -117,4 +111,4 @@ class ResponseLogProbabilities:
         if len(positions):
             temperature = self.settings.temperature
             out[positions], _ = chosen_log_probabilities(stage, hidden, microbatch.tokens, positions, temperature)
-        return {self.settings.output: out}
+        return {"log_probabilities": out}

@@ -22,8 +22,6 @@ from .statistics import Statistics
 class SupervisedFineTuning:
     """See the module's docstring."""
 
-    last_stage_keys = ("loss_mask",)
-
     def weight(self, microbatch: Microbatch) -> float:
         """The number of answer tokens."""
         return float(len(predicted_positions(microbatch.keys["loss_mask"], microbatch.packed)))

@@ -13,7 +13,7 @@ nothing once all is, unless somebody else holds it. (A copy of each value that a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,16 @@ class Store:
         """`value` is `[length, *trailing]`."""
         with self._lock:
             self._values.setdefault(sequence, {})[key] = value
+
+    def put_all(self, sequences: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Samples:
+        """Keys of sequences, at least one, all with the same keys. Returns their metadata."""
+        for sequence, values in sequences:
+            for key, value in values.items():
+                self.put(sequence, key, value)
+        keys = sequences[0][1]
+        return describe(
+            {key: [values[key] for _, values in sequences] for key in keys}, [each for each, _ in sequences]
+        )
 
     def add(self, parts: Sequence[PackedSamples]) -> None:
         """Everything that is there of these; the parts share memory."""
@@ -109,14 +119,20 @@ class Store:
                 values[key] = torch.cat(tensors) if into is None else torch.cat(tensors, out=into[key])
         return PackedSamples(samples=samples, values=values)
 
-    def microbatch(self, samples: Samples, keys: Iterable[str], device: torch.device) -> Microbatch:
-        """These samples as a stage takes them, with these keys besides `tokens`."""
-        others = tuple(keys)
-        packed = self.packed(samples.only(("tokens", *others)))
+    def microbatch(
+        self, samples: Samples, names: Iterable[str], device: torch.device, keys: Mapping[str, str] | None = None
+    ) -> Microbatch:
+        """These samples as a stage takes them, with what it knows by these names, `tokens` in any case.
+
+        `keys`: the store's key of each name; by default they are the same.
+        """
+        key_of = {name: name if keys is None else keys[name] for name in ("tokens", *names)}
+        packed = self.packed(samples.only(key_of.values()))
+        tokens = key_of.pop("tokens")
         return Microbatch(
-            tokens=packed["tokens"][None].to(device),
-            packed=PackedBatch(samples.lengths("tokens"), device),
-            keys={key: packed[key].to(device) for key in others},
+            tokens=packed[tokens][None].to(device),
+            packed=PackedBatch(samples.lengths(tokens), device),
+            keys={name: packed[key].to(device) for name, key in key_of.items()},
         )
 
     def _get(self, sequence: str, key: str) -> Tensor:

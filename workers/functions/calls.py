@@ -10,6 +10,7 @@ import torch
 from ...api.batch import Samples
 from ...api.errors import RewardError
 from ...api.graph import FunctionCall
+from ...api.remap import input_keys, output_keys
 from ...api.rewards import Item, Outcome, apply_policy, group_of
 from ...system.rpc.commands import Example, FunctionDone, Mean
 from ..data.source import SequenceSource
@@ -65,7 +66,8 @@ class FunctionRunner:
         self._pool.close()
 
     def _item(self, sequence: str) -> Item:
-        tokens, mask = self._store.get(sequence, "tokens"), self._store.get(sequence, "loss_mask")
+        keys = input_keys(self._call)
+        tokens, mask = (self._store.get(sequence, keys[name]) for name in ("tokens", "loss_mask"))
         return Item(
             id=sequence,
             prompt=self._text(tokens[~mask]),
@@ -77,9 +79,10 @@ class FunctionRunner:
         return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def _keep(self, values: dict[str, dict[str, float]], ids: list[str]) -> Samples:
-        """Puts one number a sequence and key into the store, as `[1]`, float32."""
+        """Puts one number a sequence and declared output into the store, as `[1]`, float32."""
         if not ids:
             return Samples(ids=(), keys={})
+        values = {key: values[name] for name, key in output_keys(self._call).items()}
         tensors = {key: [torch.tensor([numbers[sequence]]) for sequence in ids] for key, numbers in values.items()}
         for key, column in tensors.items():
             for sequence, tensor in zip(ids, column, strict=True):

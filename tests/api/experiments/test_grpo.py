@@ -7,6 +7,7 @@ from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.grpo import GRPO
 from trainmaster.api.functions import RewardFunction
 from trainmaster.api.graph import DATASET, CallKind, Microbatching
+from trainmaster.api.hooks import Reshard
 from trainmaster.api.rewards import Reward
 from trainmaster.api.sampling import Sampling
 
@@ -51,6 +52,17 @@ def edges(graph) -> dict[tuple[str, str], tuple[str, ...]]:
         ({"minibatches": 24}, r"minibatches = 24: must divide the 24 responses .* at least actor\.layout\.dp \(2\)"),
         ({"reference": OTHER}, r"reference = 'a model': nothing reads it while kl_coefficient is 0\. Raise kl_coeffic"),
         ({"reference_apart": True}, r"reference_apart = True: there is no reference while kl_coefficient is 0"),
+        ({"reference_eta": 0.5}, r"reference_eta = 0\.5: there is no reference while kl_coefficient is 0\. Raise it"),
+        ({"reference_eta": 1.1}, r"GRPO\.reference_eta = 1\.1: input should be less than or equal to 1"),
+        ({"reference_eta": -0.1}, r"GRPO\.reference_eta = -0\.1: input should be greater than or equal to 0"),
+        (
+            {"reference_eta": 0.5, "kl_coefficient": 0.1, "reference_apart": True},
+            r"reference_eta = 0\.5: .* on the actor's workers only\. Leave reference_apart out, or this",
+        ),
+        (
+            {"reference_eta": 0.5, "kl_coefficient": 0.1, "reference": OTHER},
+            r"reference_eta = 0\.5: .* of the actor's layout only\. Make reference\.layout and actor\.layout equal",
+        ),
         ({"run": RunOptions(workers=5)}, r"run\.workers = 5: the layouts ask for 6 "),
         ({"run": RunOptions(evaluate_every=2)}, r"run\.evaluate_every = 2: there is nothing to evaluate on"),
         ({"clip_low": -0.1}, r"GRPO\.clip_low = -0\.1: input should be greater than or equal to 0"),
@@ -148,6 +160,19 @@ def test_the_reference_is_placed_and_never_trained(fields, model, field, ranks):
     assert call.microbatching.min_count == model.layout.pp
 
 
+@pytest.mark.parametrize("reference", [None, Model(path="r", layout=ACTOR.layout)])
+def test_the_reference_moves_towards_the_actor_after_each_training(reference):
+    compiled = grpo(kl_coefficient=0.1, reference_eta=0.3, reference=reference).compile()
+    hooks = {call.name: (call.pre_hooks, call.post_hooks) for call in compiled.training.graph.model_calls}
+    move = Reshard(source="actor", target="reference", eta=0.3)
+    assert hooks == {"generate": ((), ()), "reference": ((), ()), "train": ((), (move,))}
+
+
+def test_the_reference_stays_by_default():
+    graph = grpo(kl_coefficient=0.1).compile().training.graph
+    assert all(call.pre_hooks == call.post_hooks == () for call in graph.model_calls)
+
+
 def test_each_call_has_its_settings():
     compiled = grpo(
         kl_coefficient=0.1,
@@ -163,7 +188,9 @@ def test_each_call_has_its_settings():
     )
     assert generate.settings == Generation(sampling=grpo().sampling)
     assert generate.outputs == ("tokens", "loss_mask", "log_probabilities", "versions")
-    assert reference.settings == LogProbabilities(output="reference_log_probabilities", temperature=0.8)
+    assert reference.settings == LogProbabilities(temperature=0.8)
+    assert reference.outputs == ("reference_log_probabilities",)
+    assert reference.output_remap == {"log_probabilities": "reference_log_probabilities"}
     assert reward.function == RewardFunction(reward=REWARD, normalise_by_std=False, drop_zero_variance=True)
     assert train.settings == PolicyLoss(
         clip_low=0.1,

@@ -221,9 +221,8 @@ def test_the_mask_of_a_first_token_is_not_read(with_policies):
 
 
 def test_the_reference_is_read_only_with_a_penalty(with_policies):
-    assert GroupRelativePolicy(policy()).last_stage_keys == ("loss_mask", "log_probabilities", "advantage")
-    keys = GroupRelativePolicy(policy(kl_coefficient=0.1)).last_stage_keys
-    assert keys == ("loss_mask", "log_probabilities", "advantage", "reference_log_probabilities")
+    assert policy().reads == ("tokens", "loss_mask", "log_probabilities", "advantage")
+    assert policy(kl_coefficient=0.1).reads == (*policy().reads, "reference_log_probabilities")
     twin = with_policies(1.0)
     for one in twin.sequences:
         del one.keys["reference_log_probabilities"]
@@ -270,9 +269,9 @@ def test_the_gradient_of_k2_is_that_of_the_divergence():
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
 @pytest.mark.parametrize("chosen", [(0, 1, 2, 3, 4, 5), (3,), (3, 2), (5, 3)])
 def test_response_log_probabilities_stand_where_their_tokens_do(twin, chosen, temperature):
-    algorithm = inference_algorithm(LogProbabilities(output="reference_log_probabilities", temperature=temperature))
+    settings = LogProbabilities(temperature=temperature)
+    algorithm = inference_algorithm(settings)
     assert isinstance(algorithm, ResponseLogProbabilities)
-    assert algorithm.last_stage_keys == ("loss_mask",)
     statistics, microbatch = Statistics(CPU), twin.microbatch(chosen)
     with torch.no_grad():
         outputs = algorithm.infer(twin.stage, twin.hidden(microbatch), microbatch, statistics)
@@ -280,7 +279,7 @@ def test_response_log_probabilities_stand_where_their_tokens_do(twin, chosen, te
         for one in (twin.sequences[index] for index in chosen):
             table = twin.log_probabilities(one, temperature)
             wanted += [table[at - 1, one.tokens[at]] if at in one.response else 0.0 for at in range(len(one.tokens))]
-    assert set(outputs) == {"reference_log_probabilities"}
+    assert tuple(outputs) == settings.writes
     (got,) = outputs.values()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float32), rtol=1e-4, atol=1e-5)
@@ -291,10 +290,10 @@ def test_response_log_probabilities_stand_where_their_tokens_do(twin, chosen, te
 def test_log_probabilities_of_the_policy_itself_give_no_penalty(twin):
     for index, one in enumerate(twin.sequences):
         microbatch = twin.microbatch((index,))
-        for key in ("log_probabilities", "reference_log_probabilities"):
-            algorithm = ResponseLogProbabilities(LogProbabilities(output=key, temperature=1.0))
-            with torch.no_grad():
-                one.keys |= algorithm.infer(twin.stage, twin.hidden(microbatch), microbatch, Statistics(CPU))
+        algorithm = ResponseLogProbabilities(LogProbabilities(temperature=1.0))
+        with torch.no_grad():
+            (values,) = algorithm.infer(twin.stage, twin.hidden(microbatch), microbatch, Statistics(CPU)).values()
+        one.keys |= {"log_probabilities": values, "reference_log_probabilities": values}
     _, statistics = train(twin, policy(kl_coefficient=0.1), CUTS[1])
     assert statistics["kl"].total == pytest.approx(0.0, abs=1e-5)
     assert statistics["sampler_kl"].total == pytest.approx(0.0, abs=1e-4)
@@ -319,7 +318,7 @@ def test_settings_choose_the_algorithm():
     assert isinstance(algorithm, GroupRelativePolicy)
     assert algorithm.settings is settings
     with pytest.raises(AssertionError, match="no recipe trains by LogProbabilities"):
-        training_algorithm(LogProbabilities(output="x", temperature=1.0))
+        training_algorithm(LogProbabilities(temperature=1.0))
     with pytest.raises(AssertionError, match="no recipe infers by PolicyLoss"):
         inference_algorithm(settings)
     assert type(training_algorithm(SupervisedLoss())) is type(inference_algorithm(SupervisedLoss()))

@@ -107,6 +107,28 @@ def test_a_microbatch_has_tokens_and_the_keys_that_were_asked_for():
     assert microbatch.keys["values"].shape == (4, 2)
 
 
+def test_a_microbatch_knows_keys_by_other_names():
+    store, samples = filled()
+    swapped = Samples(ids=samples.ids, keys={"values": samples.keys["tokens"], "tokens": samples.keys["values"]})
+    other = Store()
+    for sequence in samples.ids:
+        other.put(sequence, "values", store.get(sequence, "tokens"))
+        other.put(sequence, "tokens", store.get(sequence, "values"))
+    keys = {"tokens": "values", "values": "tokens"}
+    got = other.microbatch(swapped, ["values"], torch.device("cpu"), keys)
+    wanted = store.microbatch(samples, ["values"], torch.device("cpu"))
+    assert got.tokens.equal(wanted.tokens)
+    assert got.packed.seqlens == wanted.packed.seqlens
+    assert got.keys["values"].equal(wanted.keys["values"])
+
+
+def test_many_are_put_at_once_and_described():
+    store = Store()
+    made = store.put_all([("a", {"tokens": torch.tensor([1, 2])}), ("b", {"tokens": torch.tensor([3])})])
+    assert made == Samples(ids=("a", "b"), keys={"tokens": KeyColumn(dtype="int64", lengths=(2, 1))})
+    assert store.get("a", "tokens").tolist() == [1, 2]
+
+
 # -- release ----------------------------------------------------------------------------------------------------------
 
 

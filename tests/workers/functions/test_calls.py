@@ -73,25 +73,34 @@ def bench(monkeypatch):
 
     monkeypatch.setattr(calls, "RewardPool", pool)
 
-    def make(scores: dict[str, float | None], on_failure: OnFailure = OnFailure.FAIL, **fields) -> Bench:
+    def make(
+        scores: dict[str, float | None],
+        on_failure: OnFailure = OnFailure.FAIL,
+        remaps: dict[str, dict[str, str]] | None = None,
+        **fields,
+    ) -> Bench:
+        """`remaps`: `input_remap` and `output_remap` of the call."""
         score = {"failure_score": -1.0} if on_failure is OnFailure.SCORE else {}
         function = RewardFunction(reward=Reward(function="own", on_failure=on_failure, **score), **fields)
-        outputs = ("reward", "advantage") if function.has_advantages else ("reward",)
+        remaps = {"input_remap": {}, "output_remap": {}} | (remaps or {})
+        keys = {name: key for key, name in remaps["input_remap"].items()}
+        tokens, mask = (keys.get(name, name) for name in function.reads)
         call = FunctionCall(
             name="reward",
             function=function,
-            inputs=("tokens", "loss_mask"),
-            outputs=outputs,
+            inputs=(tokens, mask),
+            outputs=tuple(remaps["output_remap"].get(name, name) for name in function.writes),
             batch_size=max(len(scores), 1),
+            **remaps,
         )
         store = Store()
         for at, sequence in enumerate(scores):
-            store.put(sequence, "tokens", torch.tensor([5, 6, 7, 10 + at, SPECIAL]))
-            store.put(sequence, "loss_mask", torch.tensor([False, False, True, True, True]))
+            store.put(sequence, tokens, torch.tensor([5, 6, 7, 10 + at, SPECIAL]))
+            store.put(sequence, mask, torch.tensor([False, False, True, True, True]))
         lengths = (5,) * len(scores)
         columns = {
-            "tokens": KeyColumn(dtype="int64", lengths=lengths),
-            "loss_mask": KeyColumn(dtype="bool", lengths=lengths),
+            tokens: KeyColumn(dtype="int64", lengths=lengths),
+            mask: KeyColumn(dtype="bool", lengths=lengths),
         }
         runner = FunctionRunner(call, Path("own.py"), FakeTokenizer(), FakeSource(), store)
         pools[-1].scores = scores
@@ -130,6 +139,27 @@ def test_the_function_gets_texts_without_special_tokens_and_its_row(bench):
     assert [item.id for item in made.pool.seen] == list(GOOD)
     assert made.pool.file == Path("own.py")
     assert made.pool.reward.function == "own"
+
+
+def test_a_remapped_call_reads_and_writes_by_the_graphs_keys(bench):
+    remaps = {"input_remap": {"chosen": "tokens", "tokens": "loss_mask"}, "output_remap": {"reward": "score"}}
+    made = bench(GOOD, remaps=remaps)
+    done = made.runner.run(made.samples)
+    assert made.pool.seen[1] == Item(id="d/0/3/1", prompt="5 6", response="7 11", row={"of": "3"})
+    assert set(done.outputs.keys) == {"score", "advantage"}
+    assert made.stored("score") == GOOD
+    assert made.stored("reward") == {}
+
+
+def test_inputs_and_outputs_may_be_swapped(bench):
+    plain = bench(GOOD)
+    wanted = plain.runner.run(plain.samples)
+    swap = {"tokens": "loss_mask", "loss_mask": "tokens"}
+    made = bench(GOOD, remaps={"input_remap": swap, "output_remap": {"reward": "advantage", "advantage": "reward"}})
+    assert made.runner.run(made.samples).outputs == wanted.outputs
+    assert made.pool.seen == plain.pool.seen
+    assert made.stored("advantage") == GOOD
+    assert made.stored("reward") == plain.stored("advantage")
 
 
 def test_advantages_are_plain_differences_if_asked(bench):

@@ -1,0 +1,55 @@
+"""How a firing of a model's call becomes requests. Pure.
+
+    firing --minibatches--> one request each to every worker --microbatches--> pipeline slots
+
+Minibatches are as even in sequences as can be; what each replica gets of one is balanced by tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..api.algorithms import Generation
+from ..api.balance import plan_microbatches
+from ..api.batch import Samples
+from ..api.experiments.base import PlacedModel
+from ..api.graph import ModelFunctionCall
+
+Shares = Mapping[int, Sequence[Samples]]
+"""A minibatch by rank: the microbatches of its replica. Stages of one replica have the same object."""
+
+
+def cut(call: ModelFunctionCall, samples: Samples, placed: PlacedModel) -> list[Shares]:
+    """By minibatch. None if there are too few sequences for every replica to have one."""
+    replicas = placed.model.layout.dp
+    count = min(-(-len(samples) // call.minibatch_size), len(samples) // replicas)
+    bounds = [len(samples) * at // count for at in range(count + 1)] if count else []
+    return [
+        _shares(call, samples.select(range(*bounds[at : at + 2])), placed)
+        if count > 1
+        else _shares(call, samples, placed)
+        for at in range(count)
+    ]
+
+
+def _shares(call: ModelFunctionCall, minibatch: Samples, placed: PlacedModel) -> Shares:
+    layout, spec = placed.model.layout, call.microbatching
+    lengths = minibatch.sizes(call.inputs[0])
+    if isinstance(call.settings, Generation):
+        lengths = tuple(length + call.settings.sampling.max_new_tokens for length in lengths)
+    plan = plan_microbatches(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
+    shares = [minibatch.split(microbatches) for microbatches in plan]
+    return {rank: shares[place // layout.pp] for place, rank in enumerate(placed.ranks)}
+
+
+def read_by(minibatches: Sequence[Shares]) -> dict[int, Samples]:
+    """What each rank reads in all of them. Stages of one replica get the same object."""
+    by_replica: dict[tuple[int, ...], Samples] = {}
+    read: dict[int, Samples] = {}
+    for rank in minibatches[0] if minibatches else ():
+        shares = [minibatch[rank] for minibatch in minibatches]
+        replica = tuple(map(id, shares))
+        if replica not in by_replica:
+            by_replica[replica] = Samples.gather([samples for share in shares for samples in share])
+        read[rank] = by_replica[replica]
+    return read

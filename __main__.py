@@ -1,5 +1,5 @@
 """The command line: `trainmaster run | master | worker | check | graph FILE`, and `ps`, `status`, `logs`, `pause`,
-`unpause`, `stop` for runs that are there.
+`unpause`, `stop` for runs that are there; `schedule` draws a pipeline schedule.
 
 Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was trained; 128 + n stopped by
 signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is gone; 4 its master ended the run early.
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("check", _check, "check an experiment and its files; start nothing")
     graph = add("graph", _graph, "print an experiment's models and dataflow graph, or draw it")
     graph.add_argument("--out", type=Path, metavar="SVG", help="draw it into this file")
+    _add_schedule(commands)
     return parser
 
 
@@ -126,6 +127,45 @@ def _add_operations(commands: argparse._SubParsersAction[argparse.ArgumentParser
     add("unpause", _operate, "have a paused run go on")
     command = add("stop", _operate, "end a run after the step that is under way, with a checkpoint")
     command.add_argument("--now", action="store_true", help="at once, without one")
+
+
+def _add_schedule(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "verify a pipeline schedule, print its figures beside the formulas, or draw it"
+    command = commands.add_parser("schedule", help=text, description=text, allow_abbrev=False)
+    command.set_defaults(handler=_schedule, parser=command, file=Path())
+    command.add_argument("--kind", required=True, metavar="KIND", help="gpipe, 1f1b, interleaved, zb-h1 or forward")
+    command.add_argument("--stages", required=True, metavar="P", help="pipeline ranks")
+    command.add_argument("--microbatches", required=True, metavar="M", help="microbatches of a step")
+    command.add_argument("--chunks", metavar="V", help="stages a rank, of interleaved (2)")
+    command.add_argument(
+        "--times",
+        default="1,1,1",
+        metavar="F,I,W",
+        help="how long a rank takes for a microbatch: forward, gradient of inputs, gradient of weights (1,1,1)",
+    )
+    command.add_argument("--comm", default="0", metavar="T", help="how long a message takes (0)")
+    command.add_argument("--recompute", action="store_true", help="make activations again before each backward")
+    command.add_argument("--out", type=Path, metavar="SVG", help="draw it into this file")
+
+
+def _schedule(options: argparse.Namespace, rest: list[str]) -> int:
+    from .workers.pipeline.report import Request, show
+
+    if rest:
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    show(
+        Request(
+            kind=options.kind,
+            stages=options.stages,
+            microbatches=options.microbatches,
+            chunks=options.chunks,
+            times=options.times,
+            comm=options.comm,
+            recompute=options.recompute,
+            out=options.out,
+        )
+    )
+    return 0
 
 
 def _operate(options: argparse.Namespace, rest: list[str]) -> int:

@@ -27,6 +27,7 @@ def bench(workbench: Workbench) -> Workbench:
         ("data/train.jsonl", "train.jsonl"),
         ("exact_match", "count_ones"),
         ("max_new_tokens=16", "max_new_tokens=6"),
+        ('name="streamed"', 'name="test"'),
         ("max_steps_ahead=1", "threads=1"),
     ):
         assert old in code

@@ -1,52 +1,175 @@
-"""From compute to a whole program: adds SEND and RECEIVE, and verifies the result. Pure."""
+"""From a schedule to a program that can run: passes, each a pure function from program to program.
+
+schedule           compute only
+add_recompute      (if asked) activations are made again before the backward
+verify_compute     everything is there once, and in an order that can be run
+add_communication  SEND and RECEIVE where an edge joins two ranks
+verify             the proof that it runs
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
-from .instructions import Edge, EdgeKind, Instruction, Op, Program
-from .schedules import Compute, forward_only, one_f_one_b
-from .verify import verify
+from .dependencies import inputs, outputs
+from .instructions import BACKWARDS, Instruction, Op, Program
+from .schedules import forward_only, one_f_one_b
+from .simulate import Times, simulate
+from .verify import verify, verify_compute
 
 
 @lru_cache(maxsize=256)
 def training_program(num_stages: int, num_microbatches: int) -> Program:
     """1F1B with communication, verified."""
-    return _lowered("1f1b", one_f_one_b(num_stages, num_microbatches), num_microbatches)
+    return lowered(one_f_one_b(num_stages, num_microbatches))
 
 
 @lru_cache(maxsize=256)
 def inference_program(num_stages: int, num_microbatches: int) -> Program:
     """Forward only with communication, verified."""
-    return _lowered("forward", forward_only(num_stages, num_microbatches), num_microbatches)
+    return lowered(forward_only(num_stages, num_microbatches))
 
 
-def _lowered(name: str, compute: Compute, num_microbatches: int) -> Program:
-    program = Program(name=name, num_microbatches=num_microbatches, ranks=add_communication(compute))
+def lowered(compute: Program, recompute: bool = False) -> Program:
+    """All passes. Raises ProgramError if the schedule cannot be run."""
+    if recompute:
+        compute = add_recompute(compute)
+    verify_compute(compute)
+    program = add_communication(compute)
     verify(program)
     return program
 
 
-def add_communication(compute: Compute) -> Compute:
-    """A RECEIVE right before each instruction that needs a neighbour's result, a SEND right after each that has one."""
-    last = len(compute) - 1
+def add_recompute(program: Program) -> Program:
+    """A RECOMPUTE right before each backward: its forward keeps nothing but its input until then.
+
+    None where the backward follows its forward at once, for there it would free nothing.
+    """
     ranks = []
-    for instructions in compute:
-        lowered: list[Instruction] = []
-        for instruction in instructions:
-            stage, microbatch = instruction.stage, instruction.microbatch
-            match instruction.op:
-                case Op.FORWARD:
-                    source, target, kind = stage - 1, stage + 1, EdgeKind.ACTIVATION
-                case Op.BACKWARD:
-                    source, target, kind = stage + 1, stage - 1, EdgeKind.GRADIENT
-                case _:
-                    lowered.append(instruction)
-                    continue
-            if 0 <= source <= last:
-                lowered.append(Instruction(Op.RECEIVE, stage, microbatch, Edge(kind, source, stage)))
-            lowered.append(instruction)
-            if 0 <= target <= last:
-                lowered.append(Instruction(Op.SEND, stage, microbatch, Edge(kind, stage, target)))
-        ranks.append(tuple(lowered))
-    return tuple(ranks)
+    for instructions in program.ranks:
+        changed: list[Instruction] = []
+        for each in instructions:
+            forward = Instruction(Op.FORWARD, each.stage, each.microbatch)
+            if each.op in BACKWARDS and changed[-1:] != [forward]:
+                changed.append(Instruction(Op.RECOMPUTE, each.stage, each.microbatch))
+            changed.append(each)
+        ranks.append(tuple(changed))
+    return replace(program, ranks=tuple(ranks))
+
+
+def add_communication(program: Program, lookahead: int = 1) -> Program:
+    """A SEND right after each instruction whose result another rank needs, and its RECEIVE on that rank.
+
+    A RECEIVE stands `lookahead` compute instructions ahead of its use, so that the message travels while the rank
+    computes; less where it would stand before its SEND could, and more only where otherwise ranks that send to each
+    other would wait for each other forever (if a send waits for its receive). Then the one is brought forward that has
+    the shortest way to its use. Receives farther ahead only hold buffers, and the fabric (pytorch#172668, #188833).
+    What stays within a rank costs nothing.
+    """
+    return replace(program, ranks=_Meetings(program, lookahead).ranks())
+
+
+class _Meetings:
+    """Walks all ranks at once, and has two of them meet for each message: no rank passes its SEND before they do.
+
+    So there is one order of all instructions and messages that every rank follows, and in which it cannot hang.
+    """
+
+    def __init__(self, program: Program, lookahead: int) -> None:
+        self._program, self._lookahead = program, lookahead
+        self._topology = program.topology
+        self._done: list[list[Instruction]] = [[] for _ in program.ranks]
+        self._at = [0] * len(program.ranks)
+        self._outbox: list[deque[Instruction]] = [deque() for _ in program.ranks]
+        """Sends that a rank has come to."""
+        self._received: set[Instruction] = set()
+        self._ends: dict[Instruction, float] = {}
+        """When compute ends, if all of it takes as long."""
+        self._ready: dict[Instruction, float] = {}
+        """When what is sent has been made."""
+        self._use: dict[Instruction, int] = {}
+        """Where a message is used, by its receive."""
+        for instructions, spans in zip(program.ranks, simulate(program, Times()).ranks, strict=True):
+            for position, (each, span) in enumerate(zip(instructions, spans, strict=True)):
+                self._ends[each] = span.end
+                self._use.update(dict.fromkeys(self._receives(each), position))
+
+    def ranks(self) -> tuple[tuple[Instruction, ...], ...]:
+        while True:
+            while sum(map(self._walk, range(len(self._done)))):
+                pass
+            if not any(self._outbox):
+                break
+            self._bring_forward()
+        assert all(at == len(each) for at, each in zip(self._at, self._program.ranks, strict=True)), (
+            "compute can be run"
+        )
+        return tuple(map(tuple, self._done))
+
+    def _receives(self, each: Instruction) -> Iterator[Instruction]:
+        """What an instruction must have received."""
+        if each.stage is not None:
+            for edge, trips_before in inputs(self._topology, each.op, each.stage):
+                if trips_before <= each.trip and not self._topology.is_local(edge):
+                    yield Instruction(Op.RECEIVE, None, each.microbatch, edge, each.trip - trips_before)
+
+    def _walk(self, rank: int) -> bool:
+        """As far as the rank gets without bringing anything forward. Whether that is any way."""
+        instructions, has_moved = self._program.ranks[rank], False
+        while True:
+            if self._outbox[rank]:
+                if self._ahead(rank) > self._lookahead:
+                    return has_moved
+                self._meet(rank)
+            elif self._at[rank] == len(instructions) or self._lacks(instructions[self._at[rank]]):
+                return has_moved
+            else:
+                self._take(rank)
+                self._compute(rank, instructions[self._at[rank]])
+            has_moved = True
+
+    def _take(self, rank: int) -> None:
+        """What others are about to send to a rank that is about to compute, as far as it looks ahead."""
+        for sender in range(len(self._outbox)):
+            while self._outbox[sender] and self._receiver(sender) == rank and self._ahead(sender) <= self._lookahead:
+                self._meet(sender)
+
+    def _compute(self, rank: int, each: Instruction) -> None:
+        self._done[rank].append(each)
+        self._at[rank] += 1
+        for edge in outputs(self._topology, each):
+            if not self._topology.is_local(edge):
+                send = Instruction(Op.SEND, None, each.microbatch, edge, each.trip)
+                self._outbox[rank].append(send)
+                self._ready[send] = self._ends[each]
+
+    def _lacks(self, each: Instruction) -> bool:
+        """Whether the instruction still needs a message."""
+        return any(receive not in self._received for receive in self._receives(each))
+
+    def _offer(self, sender: int) -> Instruction:
+        """The receive of what a rank is about to send."""
+        return replace(self._outbox[sender][0], op=Op.RECEIVE)
+
+    def _receiver(self, sender: int) -> int:
+        edge = self._outbox[sender][0].edge
+        assert edge is not None, "a SEND has an edge"
+        return self._topology.ends(edge)[1]
+
+    def _meet(self, sender: int) -> None:
+        receiver, receive = self._receiver(sender), self._offer(sender)
+        self._done[sender].append(self._outbox[sender].popleft())
+        self._done[receiver].append(receive)
+        self._received.add(receive)
+
+    def _ahead(self, sender: int) -> int:
+        """Compute instructions between where the receiver is and where it uses what is about to be sent."""
+        return self._use[self._offer(sender)] - self._at[self._receiver(sender)]
+
+    def _bring_forward(self) -> None:
+        """One receive, where every rank waits for another: the one that is used soonest, of these the oldest."""
+        senders = [rank for rank, sends in enumerate(self._outbox) if sends]
+        self._meet(min(senders, key=lambda rank: (self._ahead(rank), self._ready[self._outbox[rank][0]])))

@@ -4,21 +4,24 @@ It knows stages, channels and autograd; it knows no schedule and no algorithm. S
 differ in length: every rank knows the lengths from the request, so no shapes travel.
 
 Guarantees: a training program leaves in `.grad` the gradient of `sum over microbatches of finish(...)` on every stage;
-buffers are freed as their last reader is done; sends overlap with compute and are all complete on return.
+buffers are freed as their last reader is done; sends and receives overlap with compute (a RECEIVE begins one, and what
+uses the message waits for it) and are all complete on return.
+
+Not yet: chunks, apart gradients of inputs and weights, recomputation; an instruction of these is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from ...api.errors import ProgramError
 from ..data.microbatch import Microbatch
 from ..models.stage import Stage
-from ..parallel.groups import Group, Sending
+from ..parallel.groups import Group, Receiving, Sending
 from .instructions import Edge, EdgeKind, Instruction, Op
 
 Finish = Callable[[Stage, Tensor, Microbatch], Tensor | None]
@@ -29,12 +32,20 @@ Finish = Callable[[Stage, Tensor, Microbatch], Tensor | None]
 class _Live:
     """What a microbatch leaves between its instructions."""
 
+    arriving: Receiving | None = None
+    """Hidden states from the stage before, or the gradient of `output` from the next, until they are used."""
     received: Tensor | None = None
     """Hidden states from the stage before, `[1, T, H]`, a leaf that collects its gradient."""
     output: Tensor | None = None
     """Hidden states for the next stage, or the scalar loss on the last."""
-    gradient: Tensor | None = None
-    """Of `output`, from the next stage."""
+
+    def arrived(self) -> Tensor | None:
+        """What was received since this was asked last, once it is there; None if nothing was."""
+        receiving, self.arriving = self.arriving, None
+        if receiving is None:
+            return None
+        receiving.wait()
+        return receiving.tensor
 
 
 @dataclass(slots=True)
@@ -98,10 +109,13 @@ class Runner:
                 assert step is not None, "a training program needs `step`"
                 step()
             case _:
-                assert_never(instruction.op)
+                raise ProgramError(
+                    f"{instruction} is beyond this runner: it runs forwards and whole backwards of one stage"
+                )
 
     def _forward(self, index: int, microbatch: Microbatch, finish: Finish, training: bool) -> None:
         live = self._live.setdefault(index, _Live())
+        live.received = live.arrived()
         if live.received is not None and training:
             live.received.requires_grad_()  # without it only the last stage would train
         hidden = self.stage(microbatch.tokens, microbatch.packed, live.received)
@@ -112,8 +126,8 @@ class Runner:
     def _backward(self, index: int) -> None:
         live = self._live[index]
         assert live.output is not None, "a backward follows its forward"
-        torch.autograd.backward(live.output, live.gradient)
-        live.output = live.gradient = None
+        torch.autograd.backward(live.output, live.arrived())
+        live.output = None
         if self.stage.is_first:
             del self._live[index]
 
@@ -142,12 +156,9 @@ class Runner:
         tensor = torch.empty(
             1, microbatch.num_tokens, self.stage.hidden_size, dtype=self.dtype, device=self.device
         )  # [1, T, H]
-        self._channel(edge).receive(tensor, edge.source, tag=_tag(instruction))
         live = self._live.setdefault(index, _Live())
-        if edge.kind is EdgeKind.ACTIVATION:
-            live.received = tensor
-        else:
-            live.gradient = tensor
+        assert live.arriving is None, "a message is used before the next is received for its microbatch"
+        live.arriving = self._channel(edge).expect(tensor, edge.source, tag=_tag(instruction))
 
     def _channel(self, edge: Edge) -> Group:
         group = self.activations if edge.kind is EdgeKind.ACTIVATION else self.gradients

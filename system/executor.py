@@ -224,16 +224,13 @@ class Executor:
         before = call.pre_hooks if is_first else ()
         after: tuple[Hook, ...] = call.post_hooks if is_last else ()
         after += (save,) if save is not None and is_last else ()
+        commands = {
+            id(share): CallModel(graph=self._graph.name, call=call.name, microbatches=tuple(share))
+            for share in shares.values()
+        }  # the stages of a replica are sent the same
         name = f"call {call.name}"
         return {
-            rank: self._submit(
-                rank,
-                CallModel(graph=self._graph.name, call=call.name, microbatches=tuple(share)),
-                firing.step,
-                name,
-                pre_hooks=before,
-                post_hooks=after,
-            )
+            rank: self._submit(rank, commands[id(share)], firing.step, name, pre_hooks=before, post_hooks=after)
             for rank, share in shares.items()
         }
 

@@ -32,21 +32,25 @@ class Storage:
         self._holdings: Numbers = np.zeros(0, np.int64)
         self._starts: Numbers = np.zeros(1, np.int64)
         self._added: list[Numbers] = []
+        self._last: tuple[tuple[str, ...], Numbers] = (), np.zeros(0, np.int64)
+        """Sequences that were added last, and their rows: workers of a replica come to hold the same."""
         self.num_ranks = 0
         """Above every rank that holds something, or held it once."""
 
     def add(self, rank: int, samples: Samples) -> None:
         """This worker holds every key of these samples from now on."""
         assert 0 <= rank <= _RANKS, f"rank {rank} is between 0 and {_RANKS}"
-        for identity in samples.ids:
-            if identity not in self._rows:
-                self._rows[identity] = self._free_rows.pop() if self._free_rows else len(self._rows)
+        if samples.ids is not self._last[0]:
+            for identity in samples.ids:
+                if identity not in self._rows:
+                    self._rows[identity] = self._free_rows.pop() if self._free_rows else len(self._rows)
+            self._last = samples.ids, self.rows(samples.ids)
         for key in samples.keys:
             self._keys.setdefault(key, len(self._keys))
         assert len(self._keys) < 1 << _KEY_BITS, "there are fewer keys than that"
         self.num_ranks = max(self.num_ranks, rank + 1)
         keys = np.fromiter((self._keys[key] for key in samples.keys), np.int64)
-        self._added.append((_cells(self.rows(samples.ids)[:, None], keys) << _RANK_BITS | rank).ravel())
+        self._added.append((_cells(self._last[1][:, None], keys) << _RANK_BITS | rank).ravel())
 
     def holders(self, sequence: str, key: str) -> tuple[int, ...]:
         """In ascending order."""
@@ -84,10 +88,12 @@ class Storage:
         self._index()
         gone = places != NO_ROW
         pairs = np.unique((holdings[gone] & _RANKS) * max(1, len(rows)) + places[gone])
-        by_rank: dict[int, list[str]] = {}
-        for rank, at in zip(*(each.tolist() for each in np.divmod(pairs, max(1, len(rows)))), strict=True):
-            by_rank.setdefault(rank, []).append(sequences[at])
-        return {rank: tuple(ids) for rank, ids in by_rank.items()}
+        self._last = (), rows[:0]
+        ranks, places = np.divmod(pairs, max(1, len(rows)))
+        first = np.flatnonzero(np.diff(ranks, prepend=-1))
+        names = np.array(sequences, dtype=object)[places]
+        of_ranks = np.split(names, first[1:])
+        return {rank: tuple(ids.tolist()) for rank, ids in zip(ranks[first].tolist(), of_ranks, strict=False)}
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -85,6 +85,8 @@ class Client:
         """When to connect anew: ZeroMQ does not, after some failures."""
         self._refusal = ""
         """Why the master has not let this worker in yet, and may later."""
+        self._said_s = 0.0
+        """When the last heartbeat was sent."""
         self._is_heard = threading.Event()
         """Whether the master of the current epoch was heard on this connection."""
         self.shutdown: Shutdown | None = None
@@ -174,7 +176,7 @@ class Client:
     # -- the I/O thread -------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        tick_s = said_s = time.monotonic()
+        tick_s = checked_s = time.monotonic()
         is_readable = True
         while self.shutdown is None:
             has_message, has_events = self._dealer.wait(0 if is_readable else HEARTBEAT_S / 2)
@@ -187,23 +189,34 @@ class Client:
                 now_s = time.monotonic()
                 if self._link.is_due(now_s):
                     self._flush(now_s)
-                if now_s - tick_s >= HEARTBEAT_S / 2:
-                    tick_s = now_s
+                if now_s - checked_s >= HEARTBEAT_S / 2:
+                    checked_s = now_s
                     self._check_master(now_s)
-                if now_s - said_s >= HEARTBEAT_S:
-                    said_s = now_s
-                    self._say(self._heartbeat(now_s) if self.current is not None else self._register)
+                if is_ticking := now_s - tick_s >= HEARTBEAT_S:
+                    tick_s = now_s
+                    self._say_own(now_s)
                 is_readable = self._dealer.is_readable
             if self._begins_anew:
                 self._begins_anew = False
                 self.on_epoch()
-            if said_s == now_s:
+            if is_ticking:
                 self.on_tick()
         self._wind_up(self.shutdown)
 
     def _reconnect(self) -> None:
         self._again_s = None
         self._dealer.reconnect(self._silence_s)
+
+    def _say_own(self, now_s: float) -> None:
+        """What nobody asked for: heartbeats answer pings, and come by themselves only if there are none."""
+        if self.current is None:
+            self._say(self._register)
+        elif now_s - self._said_s > HEARTBEAT_S:
+            self._beat(now_s)
+
+    def _beat(self, now_s: float) -> None:
+        self._said_s = now_s
+        self._say(self._heartbeat(now_s))
 
     def _heartbeat(self, now_s: float) -> Heartbeat:
         assert self.current is not None, "only a welcomed worker has a run and an epoch"
@@ -276,7 +289,9 @@ class Client:
             if envelope.order == 0:
                 message = codec.decode_body(body)
                 if isinstance(message, Ping) and self.current is not None and envelope.epoch == self.current.epoch:
-                    self._clock.note(envelope.sent_s, time.monotonic())
+                    now_s = time.monotonic()
+                    self._clock.note(envelope.sent_s, now_s)
+                    self._beat(now_s)
                 self._hear(message)
             elif self.current is None or envelope.epoch != self.current.epoch:
                 self._drops.note(f"it was of epoch {envelope.epoch}", time.monotonic())

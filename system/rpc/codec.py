@@ -8,10 +8,12 @@ message must validate against the closed union of messages.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any  # Any: what msgpack reads: nested containers of anything
 
 import msgpack  # type: ignore[import-untyped]
@@ -19,8 +21,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from ...api.errors import ProtocolError
+from .commands import Command
 from .framing import MAX_ARRAYS, MAX_BODY_BYTES, PROTOCOL_VERSION, Body, Envelope, Frame, opened
-from .messages import MESSAGES, Message
+from .messages import MESSAGES, Message, Request
 
 MAX_ITEMS = 2**20
 """The most items of one array or map."""
@@ -52,36 +55,62 @@ _ARRAY, _SMALL_ARRAY = 1, 2
 Of a small one: the number of its dimensions in place of the frame, and behind the shape its bytes."""
 _SMALL_BYTES = 4096
 _MAX_EXTENSION_BYTES = 2 + 8 * MAX_DIMENSIONS + _SMALL_BYTES
+_HEADS = tuple(struct.Struct(f">BB{num_dimensions}Q") for num_dimensions in range(MAX_DIMENSIONS + 1))
+"""Of arrays, by their number of dimensions."""
+_extension: Callable[[tuple[int, bytes]], msgpack.ExtType] = functools.partial(tuple.__new__, msgpack.ExtType)
+"""Without looking at what it is given, which takes longer than all the rest: a message may have many small arrays."""
+_COMMAND = "command"
+_OTHERS = tuple(field.name for field in dataclasses.fields(Request) if field.name != _COMMAND)
+"""Fields of a request."""
+_REQUEST_HEAD = bytes([0x80 | len(_OTHERS) + 1])
+"""msgpack's, of a map with less than 16 fields."""
 
 
 class _Encoder(threading.local):
-    """A packer for each thread, which is not made anew for each message."""
+    """A packer for each thread, which is not made anew for each message.
+
+    The stages of a replica are asked for the same, one after the other: a command is packed once for all requests in a
+    row that have it.
+    """
 
     def __init__(self) -> None:
         self._pack = msgpack.Packer(default=self._plain, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES).pack
         self._arrays: list[Frame] = []
+        self._command: Command | None = None
+        """The last, with its name as `_packed`, and with its arrays."""
+        self._packed, self._command_arrays = b"", tuple[Frame, ...]()
 
     def encode(self, message: Message) -> Body:
         try:
-            return [self._pack(message), *self._arrays]
+            packed = self._pack_request(message) if isinstance(message, Request) else self._pack(message)
+            return [packed, *self._arrays]
         finally:
             self._arrays.clear()
+
+    def _pack_request(self, request: Request) -> bytes:
+        if request.command is self._command:
+            self._arrays += self._command_arrays
+        else:
+            self._packed = self._pack(_COMMAND) + self._pack(request.command)
+            self._command, self._command_arrays = request.command, tuple(self._arrays)
+        others: bytes = self._pack({name: getattr(request, name) for name in _OTHERS})
+        return b"".join((_REQUEST_HEAD, self._packed, others[1:]))
 
     def _plain(self, value: Any) -> dict[str, Any] | msgpack.ExtType:  # Any: a record, its fields, or an array
         if not isinstance(value, np.ndarray):
             return {name: getattr(value, name) for name in value.__dataclass_fields__}
-        at, is_small = len(self._arrays), value.nbytes <= _SMALL_BYTES
-        if (at == MAX_ARRAYS and not is_small) or value.dtype not in _DTYPE_CODES or value.ndim > MAX_DIMENSIONS:
+        at, code, num_dimensions = len(self._arrays), _DTYPE_CODES.get(value.dtype), value.ndim
+        is_small = value.nbytes <= _SMALL_BYTES
+        if (at == MAX_ARRAYS and not is_small) or code is None or num_dimensions > MAX_DIMENSIONS:
             raise ProtocolError(
-                f"array {at} of a message is {value.dtype} of {value.ndim} dimensions: a message holds at most "
+                f"array {at} of a message is {value.dtype} of {num_dimensions} dimensions: a message holds at most "
                 f"{MAX_ARRAYS}, of at most {MAX_DIMENSIONS}, and of no other types than numbers"
             )
-        first = value.ndim if is_small else at
-        head = struct.pack(f">BB{value.ndim}Q", first, _DTYPE_CODES[value.dtype], *value.shape)
         if is_small:
-            return msgpack.ExtType(_SMALL_ARRAY, head + value.tobytes())
+            head = _HEADS[num_dimensions].pack(num_dimensions, code, *value.shape)
+            return _extension((_SMALL_ARRAY, head + value.tobytes()))
         self._arrays.append(np.ascontiguousarray(value).data.cast("B"))
-        return msgpack.ExtType(_ARRAY, head)
+        return _extension((_ARRAY, _HEADS[num_dimensions].pack(at, code, *value.shape)))
 
 
 _ENCODER = _Encoder()
@@ -139,7 +168,7 @@ def _read_array(content: bytes, frames: Sequence[Frame], expected: int) -> np.nd
     num_dimensions, rest = divmod(len(content) - 2, 8)
     if rest or not 0 <= num_dimensions <= MAX_DIMENSIONS:
         raise ValueError(f"an array whose head has {len(content)} bytes")
-    at, code, *shape = struct.unpack(f">BB{num_dimensions}Q", content)
+    at, code, *shape = _HEADS[num_dimensions].unpack(content)
     if at != expected or at >= len(frames):
         raise ValueError(f"an array in frame {at} of {len(frames)}, where {expected} is next")
     return _array(shape, code, frames[at])
@@ -147,8 +176,7 @@ def _read_array(content: bytes, frames: Sequence[Frame], expected: int) -> np.nd
 
 def _read_small_array(content: bytes) -> np.ndarray[Any, Any]:
     num_dimensions = content[0] if content else 0
-    head = struct.Struct(f">BB{num_dimensions}Q")
-    if num_dimensions > MAX_DIMENSIONS or len(content) < head.size:
+    if num_dimensions > MAX_DIMENSIONS or len(content) < (head := _HEADS[num_dimensions]).size:
         raise ValueError(f"a small array whose head says that it has {num_dimensions} dimensions")
     _, code, *shape = head.unpack_from(content)
     return _array(shape, code, content, head.size)

@@ -19,9 +19,9 @@ HANDSHAKE_FAILED = (
 """Events of a monitor."""
 _FOLLOWED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILED
 _RECONNECT_MS, _CONNECT_TIMEOUT_MS, _LINGER_MS = 50, 1000, 1000
-_PING_SHARE, _PONG_SHARE = 0.1, 0.5
-"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer. Together less than what the master grants: a worker
-knows of a partition before it is given up."""
+_PING_SHARE, _PONG_SHARE = 0.2, 0.4
+"""Of `silence_s`: between two of ZeroMQ's pings, and for an answer. Together no more than what the master waits for an
+answer: a worker knows of a partition before it is given up."""
 _EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 """Plain numbers: enumerations cost more than the calls that take them."""
 
@@ -37,6 +37,12 @@ def dealer_to(
     if keys is not None:
         keys.secure(dealer)
     return dealer
+
+
+def keep_alive(socket: zmq.Socket[bytes], silence_s: float) -> None:
+    """Has ZeroMQ's own thread ping the master, and close a connection on which nothing comes."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
 
 
 def suspicion(keys: ClientKeys | None) -> str:
@@ -84,8 +90,7 @@ class Dealer:
         self._socket.setsockopt(zmq.RCVHWM, framing.QUEUED_MESSAGES)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * silence_s * _PING_SHARE))
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
+        keep_alive(self._socket, silence_s)
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_FOLLOWED)
         self._socket.connect(self._master)
         self._is_new = True

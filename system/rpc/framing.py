@@ -26,7 +26,7 @@ MAX_FRAME_BYTES = _ENVELOPE.size + MAX_BODY_BYTES
 _MARK = b"TRAINMST"
 _COPIED_BYTES = 2**16
 """Below, a copy is cheaper than ZeroMQ's bookkeeping of who owns what."""
-_NOBLOCK, _SEND_MORE, _RECEIVE_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.RCVMORE)
+_NOBLOCK, _SEND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 """Plain numbers: enumerations cost more than the calls that take them."""
 QUEUED_MESSAGES = 10_000
 """In either direction of a connection. A heartbeat a second takes hours to fill it: libzmq 4.3.5 aborts the process if
@@ -75,12 +75,13 @@ def receive(socket: zmq.Socket[bytes]) -> list[Frame]:
 
     Raises `zmq.Again` if there is none. Of a message with too many frames, one more is returned than there can be.
     """
-    frames: list[Frame] = [socket.recv(_NOBLOCK)]
-    while socket.getsockopt(_RECEIVE_MORE):
+    frames: list[Frame] = []
+    while True:
         frame = socket.recv(_NOBLOCK, copy=False)
         if len(frames) <= 1 + MAX_ARRAYS:
             frames.append(frame.bytes if len(frame) < _COPIED_BYTES else frame.buffer)
-    return frames
+        if not frame.more:  # cheaper than to ask the socket
+            return frames
 
 
 def send(socket: zmq.Socket[bytes], frames: Sequence[Frame]) -> None:

@@ -6,8 +6,8 @@
       | <------------ Request --- |      a command with hooks, on a lane
       | -- Reply ---------------> |      a result, or an error with its traceback
       | <------------- Cancel --- |      nobody waits for that request any more
-      | -- Heartbeat -----------> |      every second, while the interpreter lets it
-      | <--------------- Ping --- |      the same from the master
+      | <--------------- Ping --- |      every second
+      | -- Heartbeat -----------> |      at once, if the interpreter lets it; by itself where no ping comes
       | <----------- Shutdown --- |
 
 Requests, replies, cancellations and the shutdown pass through a `Link`: once and in order, over a connection that may
@@ -29,7 +29,7 @@ from .inquiries import Inquire, Refuse, RunStatus
 Word = Annotated[str, Field(max_length=256, pattern=r"^\P{Cc}*$")]
 """What ends up in logs: short, and on one line."""
 HEARTBEAT_S = 1.0
-"""Seconds between two heartbeats, in both directions."""
+"""Seconds between two pings, and so between two heartbeats."""
 
 
 class Lane(StrEnum):

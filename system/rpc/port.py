@@ -19,19 +19,34 @@ from .zap import Gate
 
 _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for the server to notice."""
+_CONNECTIONS_PER_THREAD = 512
+_CLOSED_ADDRESS = "inproc://closed"
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
 _EVENTS, _READABLE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
 
 
+def io_threads(num_connections: int) -> int:
+    """How many threads ZeroMQ should have for so many connections that it pings.
+
+    A thread looks for each timer that ends among all of its own: their cost grows with the square of their number.
+    """
+    return -(-num_connections // _CONNECTIONS_PER_THREAD)
+
+
 class Port:
     """Bound at construction; `open` on the loop that is to drive it."""
 
-    def __init__(self, address: str, silence_s: float, keys: MasterKeys | None = None) -> None:
+    def __init__(
+        self, address: str, silence_s: float, keys: MasterKeys | None = None, num_connections: int = 1
+    ) -> None:
         self.noticed_s = silence_s * _PONG_SHARE
         """How long a silence is when ZeroMQ closes a connection for it, at least."""
-        self._context = zmq.Context()
+        self._context = zmq.Context(io_threads(num_connections))
         self._gate = None if keys is None else Gate(self._context, keys)
+        self._closed: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        """Tells of connections that have closed, where there is no gate that does."""
+        self._closed.setsockopt(zmq.RCVHWM, 0)  # a full queue would halt ZeroMQ's I/O thread
         self._router = self._bound(address, silence_s)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._is_open, self._is_drain_due = True, False
@@ -49,6 +64,9 @@ class Port:
         router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * silence_s * _PONG_SHARE))
         if self._gate is not None:
             self._gate.secure(router)
+        else:
+            router.monitor(_CLOSED_ADDRESS, zmq.EVENT_DISCONNECTED)
+            self._closed.connect(_CLOSED_ADDRESS)
         try:
             router.bind(address)
         except zmq.ZMQError as error:
@@ -78,12 +96,24 @@ class Port:
             self._loop.call_soon(self._count_strangers, self._gate)
         self._drain_soon()
 
+    def had_closed(self) -> bool:
+        """Whether a connection, of anyone, has closed since the last time."""
+        if self._gate is not None:
+            had_closed, self._gate.had_closed = self._gate.had_closed, False
+            return had_closed
+        had_closed = False
+        while self._closed.poll(0):
+            self._closed.recv_multipart()
+            had_closed = True
+        return had_closed
+
     async def close(self, linger_s: float) -> None:
         self._is_open = False
         self._loop.remove_reader(self._router.fileno())
+        self._router.disable_monitor()  # first: ZeroMQ waits for who listens to it
+        self._closed.close(linger=0)
         if self._gate is not None:
             self._loop.remove_reader(self._gate.events.fileno())
-            self._router.disable_monitor()  # first: ZeroMQ waits for who listens to it
             self._gate.events.close(linger=0)
         self._router.close(linger=round(1000 * linger_s))  # here, on the thread that uses it
         await asyncio.to_thread(self._context.term)

@@ -33,15 +33,16 @@ from .framing import PROTOCOL_VERSION
 from .inquiries import Inquire, Refuse, RunStatus
 from .link import Link
 from .messages import HEARTBEAT_S, Cancel, Heartbeat, Lane, Message, Ping, Register, Reply, Request, Shutdown, Welcome
-from .peer import CLOSED, REVOKED, Answer, Asked, Loss, Peer, Pending, Roster, silent, unreadable
+from .outgoing import Outgoing
+from .peer import REVOKED, Answer, Asked, Loss, Peer, Pending, Roster, unreadable
 from .port import Port
 
 logger = logging.getLogger(__name__)
 
 _LATE_GRACE_S = 1.0
 """For a worker to end itself at a deadline, and for us to learn of it."""
-_RECONNECT_S = 0.3
-"""For a connection that closed to come back, before its worker is lost."""
+_TICKS = 4
+"""In `HEARTBEAT_S`. Workers take turns: each has its ping in one of them."""
 _LINGER_S = 0.5
 _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
@@ -72,7 +73,9 @@ class Server:
         """Answers who asks after the run. Must not wait."""
         self._drops = Drops(logger)
         self._num_requests = 0
-        self._port = Port(address, silence_s, keys)
+        self._num_ticks = 0
+        self._num_probes_due = 0
+        self._port = Port(address, silence_s, keys, num_workers)
         self.address = self._port.address
 
     async def __aenter__(self) -> Server:
@@ -80,7 +83,8 @@ class Server:
         self.lost: asyncio.Future[Any] = _quiet(self._loop)  # Any: it never has a result
         """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
-        self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
+        self._outgoing = Outgoing(self._port, self.epoch, self._lose)
+        self._timer = self._loop.call_later(HEARTBEAT_S / _TICKS, self._tick)
         self._port.open(self._received, self._dropped)
         return self
 
@@ -93,9 +97,9 @@ class Server:
             peer.lost = RunError(reason)
             peer.drop(peer.lost)
             if peer.welcome is None:
-                self._say(peer, shutdown)
+                self._outgoing.say(peer, shutdown)
             else:
-                self._post(peer, shutdown)
+                self._outgoing.post(peer, shutdown)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SHUTDOWN_S):
                 await self._all_told()
@@ -114,7 +118,7 @@ class Server:
             except TimeoutError:
                 for peer in waiting:
                     peer.link.hurry()
-                    self._flush(peer)
+                    self._outgoing.flush(peer)
 
     async def workers(self, deadline_s: float) -> list[Register]:
         """Waits until every worker has registered; then ranks are fixed, workers of one host side by side.
@@ -149,12 +153,12 @@ class Server:
             peer.last_heard_s = self._loop.time()
             peer.link, peer.welcome = Link(), make(rank)
             assert (peer.welcome.run, peer.welcome.epoch) == (self.run, self.epoch), "a welcome is to this epoch"
-            self._say(peer, peer.welcome)
+            self._outgoing.say(peer, peer.welcome)
 
     def next_epoch(self) -> None:
         """Begins a new epoch with the workers that are left: `workers` waits for others in place of the lost."""
         over = RunError(f"epoch {self.epoch} is over")
-        self.epoch += 1
+        self.epoch = self._outgoing.epoch = self.epoch + 1
         self.lost = _quiet(self._loop)
         for peer in self.roster.peers.values():
             peer.rank, peer.welcome = None, None
@@ -197,7 +201,7 @@ class Server:
             post_hooks=post_hooks,
         )
         if peer.lost is None:
-            self._post(peer, request)  # first: the rest can be done while it travels
+            self._outgoing.post(peer, request)  # first: the rest can be done while it travels
         answer = Asked(self._loop, functools.partial(self._cancel, peer, identity))
         if peer.lost is not None:
             answer.set_exception(peer.lost)
@@ -208,41 +212,7 @@ class Server:
 
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
-        for peer in list(self.roster.peers.values()):
-            self._say(peer, Ping())
-
-    # -- sending --------------------------------------------------------------------------------------------------
-
-    def _post(self, peer: Peer, message: Message) -> None:
-        """Through the worker's link: once and in order."""
-        peer.link.post(codec.encode_body(message))
-        self._flush(peer)
-
-    def _say(self, peer: Peer, message: Message) -> None:
-        """Outside of it: now, or never."""
-        self._transmit(peer, 0, codec.encode_body(message))
-
-    def _flush(self, peer: Peer) -> None:
-        if peer.gone is None:
-            for order, body in peer.link.due(self._loop.time()):
-                self._transmit(peer, order, body)
-
-    def _transmit(self, peer: Peer, order: int, body: framing.Body) -> None:
-        envelope = framing.Envelope(self.epoch, order, peer.link.received, self._loop.time())
-        if not self._port.send(peer.route, envelope.around(body)) and peer.gone is None:
-            peer.gone = self._loop.call_later(_RECONNECT_S, self._lose_gone, peer)
-
-    def _lose_gone(self, peer: Peer) -> None:
-        silent_s = self._loop.time() - peer.last_heard_s
-        if peer.welcome is not None and silent_s > self._port.noticed_s:
-            self._lose(peer, silent(silent_s))
-        else:
-            self._lose(peer, CLOSED)
-
-    def _refuse(self, route: bytes, refuse: Refuse, version: int = PROTOCOL_VERSION) -> None:
-        """In words that a worker of that version can read: its envelope, and `Refuse`, are the same in all of them."""
-        envelope = framing.Envelope(epoch=0, version=version)
-        self._port.send(route, codec.encode(refuse, envelope))
+        self._outgoing.ping(list(self.roster.peers.values()))
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
@@ -269,7 +239,7 @@ class Server:
         if envelope.version != PROTOCOL_VERSION:
             reason = f"the worker speaks protocol {envelope.version}, the master {PROTOCOL_VERSION}: install the same"
             self._dropped(reason)
-            self._refuse(route, Refuse(reason=reason), envelope.version)
+            self._outgoing.refuse(route, Refuse(reason=reason), envelope.version)
             return
         if peer is None and sum(map(len, frames)) > _STRANGER_BYTES:
             raise ProtocolError(f"a first message of {sum(map(len, frames))} bytes")
@@ -286,18 +256,17 @@ class Server:
             for delivered in peer.link.accept(envelope.order, body):
                 self._receive(route, peer, codec.decode_body(delivered), sender)
         if peer.link.is_due(self._loop.time()):
-            self._flush(peer)
+            self._outgoing.flush(peer)
 
     def _receive(self, route: bytes, peer: Peer | None, message: Message, sender: Holder | None) -> None:
         objection = self.roster.objection(sender, message)
         if objection is not None:
             self._dropped(objection.reason)
-            self._refuse(route, objection)
+            self._outgoing.refuse(route, objection)
         elif isinstance(message, Register):
             self._register(route, message, sender)
         elif isinstance(message, Inquire):
-            envelope = framing.Envelope(epoch=self.epoch)
-            self._port.send(route, codec.encode(self.on_inquiry(message), envelope))
+            self._outgoing.answer(route, self.on_inquiry(message))
         elif peer is None:
             self._dropped(f"a {message.type} from someone who is not registered")
         else:
@@ -317,15 +286,15 @@ class Server:
             self.roster.reroute(peer, route)
             if peer.welcome is not None:
                 is_new = (register.run, register.epoch) != (self.run, self.epoch)
-                self._say(peer, peer.welcome if is_new else Ping())  # it begins nothing until it hears us
+                self._outgoing.say(peer, peer.welcome if is_new else Ping())  # it begins nothing until it hears us
             peer.link.hurry()
-            self._flush(peer)
+            self._outgoing.flush(peer)
             return
         peer = Peer(route, register, self._loop.time(), holder=sender)
         refusal = self.roster.admit(peer)
         if refusal is not None:
             self._dropped(f"{peer} was refused: {refusal}")
-            self._refuse(route, Refuse(reason=refusal))
+            self._outgoing.refuse(route, Refuse(reason=refusal))
             return
         logger.info("%s registered: %s", peer, peer.describe())
         if self.roster.is_complete:
@@ -334,17 +303,28 @@ class Server:
     def _cancel(self, peer: Peer, identity: int) -> None:
         """The caller gave up on a request: it need not begin any more."""
         if peer.forget(identity) is not None:
-            self._post(peer, Cancel(run=self.run, epoch=self.epoch, id=identity))
+            self._outgoing.post(peer, Cancel(run=self.run, epoch=self.epoch, id=identity))
 
     # -- time and loss --------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(HEARTBEAT_S / 4, self._tick)
+        self._timer = self._loop.call_later(HEARTBEAT_S / _TICKS, self._tick)
         self._port.drain()  # after a stall, signs of life lie unread
-        self.probe()
-        for peer in list(self.roster.peers.values()):
-            self._flush(peer)
-            peer.check_heartbeats(self._loop.time())
+        self._num_ticks += 1
+        if self._port.had_closed():
+            self._num_probes_due = 2  # it is told a little before it can be found
+        if is_probed := self._num_probes_due > 0:
+            self._num_probes_due -= 1
+            self.probe()
+        now_s, peers = self._loop.time(), list(self.roster.peers.values())
+        turn = peers[self._num_ticks % _TICKS :: _TICKS]
+        for peer in turn:
+            peer.check_heartbeats(now_s)
+        if not is_probed:
+            self._outgoing.ping(turn)
+        for peer in peers:
+            if peer.link.is_due(now_s):
+                self._outgoing.flush(peer)
             if peer.holder is not None and not self._port.is_allowed(peer.holder):
                 self._lose(peer, REVOKED)
 
@@ -355,7 +335,7 @@ class Server:
         peer.lost = peer.obituary(loss, self._loop.time(), self._log_directory)
         logger.error("%s", peer.lost)
         peer.drop(peer.lost)
-        self._refuse(peer.route, Refuse(reason="it was given up as lost"))  # if it can hear
+        self._outgoing.refuse(peer.route, Refuse(reason="it was given up as lost"))  # if it can hear
         if not self.lost.done():
             self.lost.set_exception(peer.lost)
 

@@ -57,6 +57,8 @@ class Gate:
         self._reread_s = 0.0
         self.num_refused = 0
         """Connections that ended, or were ended, before anyone had got in by them."""
+        self.had_closed = False
+        """Whether the connection of one who was in has closed. Whoever looks sets it back."""
         self._last_key = ""
         self._pending: dict[int, None] = {}
         """Connections whose handshake is under way, the youngest last."""
@@ -124,6 +126,8 @@ class Gate:
                 self.num_refused += 1
                 why, self._why = self._why or _NOT_ZEROMQ, None
                 yield f"a stranger's handshake: {why}"
+            else:
+                self.had_closed = True
 
     # -- the thread -----------------------------------------------------------------------------------------------
 

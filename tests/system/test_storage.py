@@ -28,6 +28,18 @@ def test_keys_are_held_each_for_itself():
     assert storage.holders("z", "tokens") == ()
 
 
+def test_workers_of_a_replica_hold_the_same_sequences():
+    storage, share = Storage(), samples("a", "b", keys=("tokens", "mask"))
+    storage.add(0, share.only(["tokens"]))
+    storage.add(1, share)
+    assert storage.holders("b", "tokens") == (0, 1)
+    assert storage.holders("b", "mask") == (1,)
+    storage.release(["b", "a"])
+    storage.add(2, samples("c"))
+    storage.add(3, share)
+    assert [storage.holders(sequence, "tokens") for sequence in "abc"] == [(3,), (3,), (2,)]
+
+
 def test_release_says_who_has_to_forget_what():
     storage = Storage()
     storage.add(1, samples("a", "b", keys=("tokens", "mask")))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,18 @@ def test_heartbeats_go_on_while_the_process_computes(master: Master):
     master.send(WELCOME)
     for _ in range(3):
         assert isinstance(master.receive(), Heartbeat)
+
+
+def test_a_ping_is_answered_by_a_heartbeat(master: Master):
+    master.start()
+    master.send(WELCOME)
+    assert isinstance(master.receive(), Heartbeat)
+    start_s = time.monotonic()
+    for _ in range(100):
+        master.send(Ping())
+    for _ in range(100):
+        assert isinstance(master.receive(), Heartbeat)
+    assert time.monotonic() - start_s < 100 * 0.05 / 2, "more come than by themselves"
 
 
 def test_a_busy_worker_leaves_after_a_shutdown(master: Master):

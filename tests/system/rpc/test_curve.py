@@ -14,6 +14,7 @@ import pytest
 import zmq
 import zmq.asyncio
 from trainmaster.api.errors import ConfigError, RunError, WorkerLost
+from trainmaster.system.rpc import outgoing as outgoing_module
 from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc import zap
 from trainmaster.system.rpc.commands import Done, HostStore
@@ -55,7 +56,7 @@ STATUS = RunStatus(
 @pytest.fixture(autouse=True)
 def _quick_heart(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(server_module, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(server_module, "_RECONNECT_S", 0.1)
+    monkeypatch.setattr(outgoing_module, "RECONNECT_S", 0.1)
     monkeypatch.setattr(server_module, "_SHUTDOWN_S", 0.05)
     monkeypatch.setattr(zap, "REREAD_S", 0.05)
     monkeypatch.setattr(zap, "HANDSHAKE_S", 0.5)

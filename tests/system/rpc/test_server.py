@@ -24,6 +24,7 @@ from trainmaster.api.errors import (
     WorkerLost,
 )
 from trainmaster.system.rpc import codec, framing
+from trainmaster.system.rpc import outgoing as outgoing_module
 from trainmaster.system.rpc import peer as peer_module
 from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc.commands import Done, HostStore, ModelLoaded, Release, Save, ShardFile
@@ -56,7 +57,7 @@ def _quick_heart(monkeypatch: pytest.MonkeyPatch):
     for module in (server_module, peer_module):
         monkeypatch.setattr(module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
     monkeypatch.setattr(server_module, "_LATE_GRACE_S", ALMOST_NO_TIME_S)
-    monkeypatch.setattr(server_module, "_RECONNECT_S", 0.1)
+    monkeypatch.setattr(outgoing_module, "RECONNECT_S", 0.1)
 
 
 class FakeWorker:
@@ -400,6 +401,37 @@ def test_a_loss_is_known_though_nothing_was_asked(tmp_path: Path):
     with_server(tmp_path, scenario)
 
 
+def test_a_connection_that_closes_is_missed_before_the_next_ping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", 2.0)
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        await worker.ping()
+        worker.socket.close(linger=0)
+        async with asyncio.timeout(1.5):  # two of four ticks, and the time to come back
+            with pytest.raises(WorkerLost, match=r"closed its connection"):
+                await server.lost
+
+    with_server(tmp_path, scenario)
+
+
+def test_every_worker_is_pinged_once_in_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", 0.2)
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = [connect() for _ in range(6)]
+        for worker in workers:
+            await worker.send(register())
+        await server.workers(5)
+        await asyncio.gather(*(worker.ping() for worker in workers))
+        start_s = asyncio.get_running_loop().time()
+        for _ in range(3):
+            await asyncio.gather(*(worker.ping() for worker in workers))
+        assert asyncio.get_running_loop().time() - start_s > 2 * 0.2
+
+    with_server(tmp_path, scenario, num_workers=6)
+
+
 def test_a_request_to_a_worker_that_was_lost_fails_at_once(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = await welcomed(server, connect)
@@ -417,7 +449,7 @@ def test_a_worker_without_heartbeats_is_unresponsive_not_lost(tmp_path: Path, ca
         worker = await welcomed(server, connect)
         future = submit(server)
         request = await worker.receive()
-        for _ in range(12):  # pings come twice a heartbeat; the connection itself is answered for by ZeroMQ
+        for _ in range(6):  # pings come once a heartbeat; the connection itself is answered for by ZeroMQ
             await worker.ping()
         assert "worker 0 (pid 7 on here) is unresponsive" in caplog.text
         assert not server.lost.done()

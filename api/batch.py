@@ -150,6 +150,11 @@ class Samples:
         """One part for each group of positions. `unsplit` undoes it."""
         return [self.select(group) for group in groups]
 
+    def cut(self, sizes: Sequence[int]) -> list[Samples]:
+        """Parts of these sizes, one after the other."""
+        ends = np.cumsum(np.asarray(sizes, np.int64))
+        return [self.select(np.arange(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True)]
+
     @staticmethod
     def unsplit(parts: Sequence[Samples], groups: Sequence[Sequence[int]]) -> Samples:
         """The parts of a `split` by these groups, which hold every position once, back in the order before it."""

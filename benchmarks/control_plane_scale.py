@@ -129,10 +129,11 @@ async def training(num_workers: int) -> AsyncIterator[tuple[Callable[[], Any], f
                 start_s = time.perf_counter()
                 await server.workers(deadlines.register_s)
                 registered_s = time.perf_counter() - start_s
-                await set_up(Cluster(server, loaded(compiled)), compiled, folder)
+                cluster = Cluster(server, loaded(compiled))
+                await set_up(cluster, compiled, folder)
                 graph = compiled.training.graph
                 stream = SampleStream(server, storage, graph.name, deadlines.call_s)
-                executor = Executor(graph, compiled, server, storage)
+                executor = Executor(graph, compiled, server, storage, token_readers=cluster.token_readers)
 
                 numbers = itertools.count(1)
 

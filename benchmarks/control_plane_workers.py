@@ -50,10 +50,10 @@ from trainmaster.system.rpc.commands import (
     ModelLoaded,
     OpenDataset,
     OpenFunction,
+    Redistribute,
     Release,
     Result,
     StoreAddress,
-    Transfer,
 )
 from trainmaster.system.rpc.link import Link
 from trainmaster.system.rpc.messages import (
@@ -130,6 +130,11 @@ class SimulatedWorker:
     def epoch(self) -> int:
         return 0 if self.welcome is None else self.welcome.epoch
 
+    @property
+    def _stage(self) -> int:
+        assert self.welcome is not None, "requests follow a welcome"
+        return self.welcome.rank % STAGES
+
     def begin(self, welcome: Welcome) -> None:
         self.welcome, self.link = welcome, Link()
 
@@ -152,7 +157,7 @@ class SimulatedWorker:
             case HostStore():
                 return StoreAddress(host=self.register.address, port=29_500), 0.1
             case LoadModel():
-                return ModelLoaded(num_parameters=10**9), 10.0
+                return ModelLoaded(num_parameters=10**9, reads_tokens=self._stage in (0, STAGES - 1)), 10.0
             case OpenDataset():
                 return DatasetOpened(num_sequences=NUM_ROWS, num_tokens=NUM_ROWS, longest=1, longest_id="-"), 10.0
             case Fetch():
@@ -160,17 +165,17 @@ class SimulatedWorker:
             case CallModel():
                 call = self._compiled.graphs[command.graph].graph.call(command.call)
                 assert isinstance(call, ModelFunctionCall), "the master calls models by their calls"
-                return self._call(call, command.microbatches), SECONDS[call.kind]
+                return self._call(call, command.samples), SECONDS[call.kind]
             case CallFunction():
                 return scored(command.samples), 0.5
             case Echo():
                 return Echoed(text=command.text, content=command.content), 0.0
-            case JoinGroups() | OpenFunction() | Transfer() | Release():
+            case JoinGroups() | OpenFunction() | Redistribute() | Release():
                 return Done(), 0.05
             case _:
                 assert_never(command)
 
-    def _call(self, call: ModelFunctionCall, microbatches: tuple[Samples, ...]) -> CallDone:
+    def _call(self, call: ModelFunctionCall, samples: Samples) -> CallDone:
         assert self.welcome is not None, "requests follow a welcome"
         rank = self.welcome.rank
         is_last, is_head = rank % STAGES + 1 == STAGES, rank + 1 == STAGES
@@ -180,12 +185,11 @@ class SimulatedWorker:
         return CallDone(
             statistics={name: Mean(total=1.0, weight=2.0) for name in names},
             version=self._version,
-            outputs=self._outputs(call, microbatches) if is_last and call.outputs else None,
+            outputs=self._outputs(call, samples) if is_last and call.outputs else None,
         )
 
-    def _outputs(self, call: ModelFunctionCall, microbatches: tuple[Samples, ...]) -> Samples:
-        ids = tuple(identity for samples in microbatches for identity in samples.ids)
-        lengths = np.concatenate([samples.keys[call.inputs[0]].lengths for samples in microbatches])
+    def _outputs(self, call: ModelFunctionCall, samples: Samples) -> Samples:
+        ids, lengths = samples.ids, samples.keys[call.inputs[0]].lengths
         if isinstance(call.settings, Generation):
             random = np.random.default_rng((self._at, len(ids)))
             drawn = random.lognormal(np.log(MAX_RESPONSE / 3), 0.5, len(ids))

@@ -34,7 +34,6 @@ import numpy.typing as npt
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.system.redistribution import plan_redistribution
 from trainmaster.system.rpc.codec import encode_body
-from trainmaster.system.rpc.commands import Release
 from trainmaster.system.rpc.messages import Lane, Request
 from trainmaster.system.rpc.parcels import Parcels, Redistribute
 from trainmaster.system.storage import Storage
@@ -155,11 +154,10 @@ def payload_bytes(part: Redistribute) -> int:
         run="bench",
         epoch=1,
         id=1,
-        lane=Lane.COMPUTE,
+        lane=Lane.TRANSFER,
         deadline_s=60.0,
         submitted_s=0.0,
-        command=Release(ids=()),
-        pre_hooks=(part,),
+        command=part,
     )
     return sum(map(len, encode_body(request)))
 

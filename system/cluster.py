@@ -35,6 +35,8 @@ class Cluster:
     def __init__(self, server: Server, loaded: LoadedExperiment) -> None:
         self.server, self._loaded = server, loaded
         self._run = loaded.compiled.run
+        self.token_readers: dict[str, set[int]] = {}
+        """By model, once it is loaded: ranks whose shards have a use for token ids."""
 
     async def assemble(self, log_directory: Path) -> list[Register]:
         """Waits for all workers, gives them their ranks, and has them form their process groups."""
@@ -84,10 +86,12 @@ class Cluster:
         ]
         results = await self._ask("load models", requests)
         num_parameters = dict.fromkeys(models, 0)
-        for (_, command), result in zip(requests, results, strict=True):
+        for (rank, command), result in zip(requests, results, strict=True):
             assert isinstance(command, LoadModel), "built above"
             assert isinstance(result, ModelLoaded), "LoadModel is answered by ModelLoaded"
             num_parameters[command.model] += result.num_parameters
+            if result.reads_tokens:
+                self.token_readers.setdefault(command.model, set()).add(rank)
         return {role: total // models[role].model.layout.dp for role, total in num_parameters.items()}
 
     async def open_dataset(self, fed: FedGraph) -> DatasetOpened:

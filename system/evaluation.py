@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+
 from ..api.errors import ConfigError
 from ..api.experiments.base import CompiledExperiment, FedGraph
 from .executor import Executor
@@ -22,12 +24,19 @@ class Evaluator:
         compiled: CompiledExperiment,
         server: Server,
         storage: Storage,
+        token_readers: Mapping[str, Container[int]],
     ) -> None:
+        """`token_readers`: see `Executor`."""
         self.examples: tuple[Example, ...] = ()
         """Of the last batch."""
         run = compiled.run.name
         self._executor = Executor(
-            fed.graph, compiled, server, storage, where=lambda step: f"evaluation after step {step} of run {run}"
+            fed.graph,
+            compiled,
+            server,
+            storage,
+            where=lambda step: f"evaluation after step {step} of run {run}",
+            token_readers=token_readers,
         )
         self._stream = SampleStream(server, storage, fed.graph.name, compiled.run.deadlines.call_s)
         replicas = max(compiled.models[call.model].model.layout.dp for call in fed.graph.model_calls)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Container, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self, assert_never
 
 from ..api.batch import Samples
@@ -25,13 +25,13 @@ from .dataflow import Action, Complete, Dataflow, Firing, Move, Release, Site, S
 from .dispatch import located, settle
 from .redistribution import keys_of_stage, plan_redistribution
 from .requests import Shares, cut, read_by
-from .rpc.commands import CallDone, CallFunction, CallModel, Command, FunctionDone, Hook, Save, ShardFile, Transfer
+from .rpc.commands import CallDone, CallFunction, CallModel, Command, FunctionDone, Hook, Save, ShardFile
 from .rpc.commands import Release as ReleaseCommand
 from .rpc.messages import Lane
 from .rpc.peer import Answer
 from .rpc.server import Server
 from .storage import Storage
-from .traversal import REDISTRIBUTE, Traversal, longest
+from .traversal import Traversal, longest
 
 DATA_RANK = 0
 """The worker that reads the datasets and runs function calls."""
@@ -58,10 +58,12 @@ class Executor:
         storage: Storage,
         max_steps_ahead: int = 0,
         where: Callable[[int], str] = "step {}".format,
+        token_readers: Mapping[str, Container[int]] = MappingProxyType({}),
     ) -> None:
-        """`where` says in errors where in the run a step is."""
+        """`where` says in errors where in the run a step is; `token_readers` by model which ranks read tokens: all,
+        where it does not say."""
         self._graph, self._compiled, self._server, self._storage = graph, compiled, server, storage
-        self._where = where
+        self._where, self._token_readers = where, token_readers
         sites = {call.name: Site(_lane(call), self._ranks(call)) for call in graph.calls}
         self._flow = Dataflow(graph, sites, max_steps_ahead)
         self._steps: dict[int, _Step] = {}
@@ -133,17 +135,14 @@ class Executor:
             self._cuts[firing] = cut(call, firing.samples, self._compiled.models[call.model])
             reads = read_by(self._cuts[firing])
         self._num_redistributions += 1
-        needs = {rank: (samples, self._keys(call, rank)) for rank, samples in reads.items()}
+        needs = {rank: (samples, keys) for rank, samples in reads.items() if (keys := self._keys(call, rank))}
         hosts = [peer.register.host for peer in self._server.roster.by_rank]
         moves = plan_redistribution(needs, self._storage, tag=self._num_redistributions % 2**30, hosts=hosts)
         if not moves:
             self._obey(self._flow.moved(firing))
             return
         name = f"data for {call.name}"
-        futures = [
-            self._submit(rank, Transfer(redistribute=move), firing.step, name, Lane.TRANSFER)
-            for rank, move in moves.items()
-        ]
+        futures = [self._submit(rank, move, firing.step, name, Lane.TRANSFER) for rank, move in moves.items()]
         self._begin(firing, self._wait_for_move(firing, futures, [(r, s.only(keys)) for r, (s, keys) in needs.items()]))
 
     def _start(self, firing: Firing, lag: int) -> None:
@@ -183,8 +182,7 @@ class Executor:
         answers = await settle(self._server, futures)
         for rank, samples in arrived:
             self._storage.add(rank, samples)
-        seconds = {REDISTRIBUTE: max(longest(answers).values())}
-        self._steps[firing.step].traversal.add_seconds(firing.call.name, seconds)
+        self._steps[firing.step].traversal.add_seconds(firing.call.name, longest(answers))
         self._obey(self._flow.moved(firing))
 
     async def _run_model(
@@ -225,7 +223,7 @@ class Executor:
         after: tuple[Hook, ...] = call.post_hooks if is_last else ()
         after += (save,) if save is not None and is_last else ()
         commands = {
-            id(share): CallModel(graph=self._graph.name, call=call.name, microbatches=tuple(share))
+            id(share): CallModel(graph=self._graph.name, call=call.name, samples=share.samples, sizes=share.sizes)
             for share in shares.values()
         }  # the stages of a replica are sent the same
         name = f"call {call.name}"
@@ -297,7 +295,8 @@ class Executor:
             return call.inputs
         placed = self._compiled.models[call.model]
         stage = (rank - placed.first_rank) % placed.model.layout.pp
-        return keys_of_stage(call, is_last=stage + 1 == placed.model.layout.pp)
+        reads_tokens = rank in self._token_readers.get(call.model, placed.ranks)
+        return keys_of_stage(call, is_last=stage + 1 == placed.model.layout.pp, reads_tokens=reads_tokens)
 
 
 def _lane(call: Call) -> Lane:

@@ -140,7 +140,8 @@ async def run_epoch(
         opened = await cluster.open_dataset(compiled.training)
         cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)
         evaluators = [
-            Evaluator(fed, await cluster.open_dataset(fed), compiled, server, storage) for fed in compiled.evaluations
+            Evaluator(fed, await cluster.open_dataset(fed), compiled, server, storage, cluster.token_readers)
+            for fed in compiled.evaluations
         ]
         await cluster.open_functions()
         num_parameters = await cluster.load_models()
@@ -151,7 +152,9 @@ async def run_epoch(
             f"on workers {', '.join(f'{rank} ({workers[rank].host})' for rank in placed.ranks)}"
         )
     _describe_batches(compiled, cadence, opened, progress)
-    await Trainer(compiled, cadence, server, storage, evaluators, metrics, progress, control).run()
+    await Trainer(
+        compiled, cadence, server, storage, evaluators, metrics, progress, control, cluster.token_readers
+    ).run()
 
 
 def _describe_batches(

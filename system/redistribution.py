@@ -19,13 +19,13 @@ from .routing import route
 from .rpc.parcels import Redistribute
 from .storage import Storage
 
-EVERY_STAGE_KEYS = ("tokens", "prompt")
-"""Keys that every pipeline stage reads, by the algorithm's names; all others are read by the last stage only."""
+TOKEN_KEYS = ("tokens", "prompt")
+"""By the algorithm's names. All other keys are read by the last stage only."""
 
 
-def keys_of_stage(call: ModelFunctionCall, is_last: bool) -> tuple[str, ...]:
+def keys_of_stage(call: ModelFunctionCall, is_last: bool, reads_tokens: bool) -> tuple[str, ...]:
     """Which of a call's inputs a stage reads, by the graph's names."""
-    return tuple(key for name, key in input_keys(call).items() if is_last or name in EVERY_STAGE_KEYS)
+    return tuple(key for name, key in input_keys(call).items() if is_last or (reads_tokens and name in TOKEN_KEYS))
 
 
 def plan_redistribution(needs: Needs, storage: Storage, tag: int, hosts: Sequence[str] = ()) -> dict[int, Redistribute]:

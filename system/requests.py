@@ -8,6 +8,9 @@ Minibatches are as even in sequences as can be; what each replica gets of one is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from ..api.algorithms import Generation
 from ..api.balance import plan_microbatches
@@ -15,8 +18,19 @@ from ..api.batch import Samples
 from ..api.experiments.base import PlacedModel
 from ..api.graph import ModelFunctionCall
 
-Shares = Mapping[int, Sequence[Samples]]
-"""A minibatch by rank: the microbatches of its replica. Stages of one replica have the same object."""
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a replica gets of a minibatch."""
+
+    samples: Samples
+    """In the order of its microbatches."""
+    sizes: tuple[int, ...]
+    """Samples of each microbatch."""
+
+
+Shares = Mapping[int, Share]
+"""A minibatch by rank. Stages of one replica have the same object."""
 
 
 def cut(call: ModelFunctionCall, samples: Samples, placed: PlacedModel) -> list[Shares]:
@@ -38,7 +52,10 @@ def _shares(call: ModelFunctionCall, minibatch: Samples, placed: PlacedModel) ->
     if isinstance(call.settings, Generation):
         lengths = tuple(length + call.settings.sampling.max_new_tokens for length in lengths)
     plan = plan_microbatches(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
-    shares = [minibatch.split(microbatches) for microbatches in plan]
+    shares = [
+        Share(minibatch.select(np.concatenate(microbatches).astype(np.int64)), tuple(map(len, microbatches)))
+        for microbatches in plan
+    ]
     return {rank: shares[place // layout.pp] for place, rank in enumerate(placed.ranks)}
 
 
@@ -50,6 +67,6 @@ def read_by(minibatches: Sequence[Shares]) -> dict[int, Samples]:
         shares = [minibatch[rank] for minibatch in minibatches]
         replica = tuple(map(id, shares))
         if replica not in by_replica:
-            by_replica[replica] = Samples.gather([samples for share in shares for samples in share])
+            by_replica[replica] = Samples.gather([share.samples for share in shares])
         read[rank] = by_replica[replica]
     return read

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from ..api.experiments.base import CompiledExperiment
@@ -51,12 +51,15 @@ class Trainer:
         metrics: MetricsLog,
         progress: ProgressLine,
         control: Control,
+        token_readers: Mapping[str, Container[int]],
     ) -> None:
+        """`token_readers`: see `Executor`."""
         self._compiled, self._cadence = compiled, cadence
         self._server, self._control = server, control
         self._evaluators, self._metrics, self._progress = evaluators, metrics, progress
         graph = compiled.training.graph
-        self._executor = Executor(graph, compiled, server, storage, compiled.run.max_steps_ahead, self._where)
+        ahead = compiled.run.max_steps_ahead
+        self._executor = Executor(graph, compiled, server, storage, ahead, self._where, token_readers)
         self._stream = SampleStream(server, storage, graph.name, compiled.run.deadlines.call_s)
         self._checkpoints = CheckpointFolder(compiled.run.path.resolve())
         self._step = 0

@@ -14,8 +14,6 @@ from .rpc.peer import Answer
 CALL_MODEL = "call_model"
 """Under which name a worker reports the time of a `CallModel` command."""
 CALL_FUNCTION = "call_function"
-REDISTRIBUTE = "redistribute"
-"""Under which name we report how long a call's data took to get there."""
 
 
 @dataclass(slots=True)

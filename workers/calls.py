@@ -61,8 +61,8 @@ def call_model(
 def _microbatches(
     call: ModelFunctionCall, share: Sequence[Samples], shard: ModelShard, store: Store
 ) -> list[Microbatch]:
-    """With what the algorithm reads: tokens on every stage, the rest on the last."""
-    names = call.settings.reads if shard.stage.is_last else ("tokens",)
+    """With what the algorithm reads: all on the last stage, before it tokens at most."""
+    names = call.settings.reads if shard.stage.is_last else ("tokens",) if shard.reads_tokens else ()
     return [store.microbatch(samples, names, shard.device, input_keys(call)) for samples in share]
 
 
@@ -86,7 +86,7 @@ def _generate(
     """Answers prompts; a sequence's tokens are its prompt and its response."""
     assert isinstance(call.settings, Generation), "a generation says how it samples"
     sampling, key = call.settings.sampling, input_keys(call)["prompt"]
-    prompts = [[Prompt(sequence, store.get(sequence, key)) for sequence in samples.ids] for samples in share]
+    prompts = [_prompts(samples, key, shard, store) for samples in share]
     responses = shard.generate(prompts, sampling, _stop_ids(tokenizer(), sampling))
     if not responses:
         return {}, None
@@ -101,6 +101,17 @@ def _generate(
         "finished": Mean(total=sum(response.is_finished for response in responses), weight=len(responses)),
     }
     return statistics, store.put_all(sequences) if call.outputs else None
+
+
+def _prompts(samples: Samples, key: str, shard: ModelShard, store: Store) -> list[Prompt]:
+    """Zeros where the shard has no use for them: it needs their number."""
+    if shard.reads_tokens:
+        return [Prompt(sequence, store.get(sequence, key)) for sequence in samples.ids]
+    lengths = samples.lengths(key)
+    return [
+        Prompt(sequence, torch.zeros(length, dtype=torch.int64))
+        for sequence, length in zip(samples.ids, lengths, strict=True)
+    ]
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> list[int]:

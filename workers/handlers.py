@@ -36,7 +36,6 @@ from ..system.rpc.commands import (
     Save,
     ShardFile,
     StoreAddress,
-    Transfer,
 )
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
@@ -104,8 +103,9 @@ class Handlers:
                 return self._functions[command.graph, command.call].run(command.samples)
             case CallModel():
                 return self._call_model(command)
-            case Transfer():
-                self.redistribute(command.redistribute)
+            case Redistribute():
+                assert self._context.transfer is not None, "one worker alone has everything"
+                redistribute(command, self._context.store, self._context.transfer)
                 return Done()
             case Release():
                 self._context.store.release(command.ids)
@@ -130,23 +130,19 @@ class Handlers:
         self._shards.clear()
         self._hosted_store = None
 
-    def redistribute(self, hook: Redistribute) -> None:
-        assert self._context.transfer is not None, "one worker alone has everything"
-        redistribute(hook, self._context.store, self._context.transfer)
-
-    def save(self, hook: Save) -> ShardFile:
-        """Only the first replica writes; its first stage adds config and tokenizer."""
+    def save(self, hook: Save) -> list[ShardFile]:
+        """Only the first replica writes, a file a stage; the worker with the first stage adds config and tokenizer."""
         failpoint("worker.save", self._context.rank)
         shard = self._shards[hook.model]
         if shard.place.dp != 0:
-            return ShardFile()
+            return []
         shard.restore()
         directory = Path(hook.directory)
-        written = write_stage(shard.stage, directory)
-        if shard.stage.is_first:
-            write_config(shard.stage, directory)
+        written = [write_stage(stage, directory) for stage in shard.stages]
+        if shard.stages[0].is_first:
+            write_config(shard.stages[0], directory)
             self._tokenizer(hook.model).save_pretrained(str(directory))
-        return ShardFile(file=written.name, tensors=written.tensors, size_bytes=written.total_size_bytes)
+        return [ShardFile(file=each.name, tensors=each.tensors, size_bytes=each.total_size_bytes) for each in written]
 
     def reshard(self, hook: Reshard) -> None:
         """Both models are on the same workers; nothing happens on others."""
@@ -164,7 +160,8 @@ class Handlers:
         groups = self._context.groups[role] if role in self._context.groups else ShardGroups()
         shard = ModelShard(placed, self._context, groups)
         self._shards[role] = shard
-        return ModelLoaded(num_parameters=sum(parameter.numel() for parameter in shard.own_parameters()))
+        num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())
+        return ModelLoaded(num_parameters=num_parameters, reads_tokens=shard.reads_tokens)
 
     def _open_dataset(self, name: str) -> DatasetOpened:
         failpoint("worker.open_dataset", self._context.rank)
@@ -218,4 +215,5 @@ class Handlers:
         assert isinstance(call, ModelFunctionCall), "the master calls models by their calls"
         failpoint(f"worker.{call.kind}", self._context.rank)
         shard, store = self._shards[call.model], self._context.store
-        return call_model(call, command.microbatches, shard, store, lambda: self._tokenizer(call.model))
+        share = command.samples.cut(command.sizes)
+        return call_model(call, share, shard, store, lambda: self._tokenizer(call.model))

@@ -33,7 +33,6 @@ from ..system.rpc.commands import (
     Command,
     Hook,
     Offload,
-    Redistribute,
     Reshard,
     Save,
     ShardFile,
@@ -193,10 +192,8 @@ def _name(command: Command) -> str:
 
 def _run_hook(handlers: Handlers, hook: Hook, files: list[ShardFile], seconds: dict[str, float]) -> None:
     match hook:
-        case Redistribute():
-            _timed(hook.type, seconds, lambda: handlers.redistribute(hook))
         case Save():
-            files.append(_timed(hook.type, seconds, lambda: handlers.save(hook)))
+            files += _timed(hook.type, seconds, lambda: handlers.save(hook))
         case Reshard():
             _timed(hook.type, seconds, lambda: handlers.reshard(hook))
         case Offload():

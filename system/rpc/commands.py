@@ -31,7 +31,7 @@ class Save:
     directory: str
 
 
-Hook = Annotated[Redistribute | Save | Reshard | Offload, Field(discriminator="type")]
+Hook = Annotated[Save | Reshard | Offload, Field(discriminator="type")]
 
 
 @record
@@ -106,8 +106,14 @@ class CallModel:
     graph: str
     call: str
     """The call's name in that graph of the experiment, where its model and settings stand."""
-    microbatches: tuple[Samples, ...]
+    samples: Samples
     """This data-parallel rank's, in the order in which they enter the pipeline."""
+    sizes: tuple[NonNegativeInt, ...]
+    """Samples of each microbatch."""
+
+    def __post_init__(self) -> None:
+        if sum(self.sizes) != len(self.samples):
+            raise ValueError(f"sizes add up to {sum(self.sizes)}, but there are {len(self.samples)} samples")
 
 
 @record
@@ -130,14 +136,6 @@ class CallFunction:
 
 
 @record
-class Transfer:
-    """Take part in a redistribution for a call that runs elsewhere."""
-
-    type: Literal["transfer"] = "transfer"
-    redistribute: Redistribute
-
-
-@record
 class Release:
     """Forget these sequences: nobody reads them again."""
 
@@ -155,7 +153,7 @@ Command = Annotated[
     | Fetch
     | CallModel
     | CallFunction
-    | Transfer
+    | Redistribute
     | Release,
     Field(discriminator="type"),
 ]
@@ -190,6 +188,8 @@ class ModelLoaded:
     type: Literal["model_loaded"] = "model_loaded"
     num_parameters: NonNegativeInt
     """On this worker's shard, tied copies not counted again."""
+    reads_tokens: bool = True
+    """Whether the shard has any use for token ids; it knows their number without them."""
 
 
 @record

@@ -39,7 +39,6 @@ from trainmaster.system.rpc.commands import (
     Save,
     ShardFile,
     StoreAddress,
-    Transfer,
 )
 from trainmaster.system.rpc.inquiries import Refuse
 from trainmaster.system.rpc.messages import (
@@ -69,9 +68,9 @@ COMMANDS = (
     OpenDataset(graph="sft"),
     OpenFunction(graph="sft", call="train"),
     Fetch(graph="sft", start=0, count=4),
-    CallModel(graph="sft", call="train", microbatches=(SAMPLES, SAMPLES)),
+    CallModel(graph="sft", call="train", samples=SAMPLES, sizes=(1,) * len(SAMPLES)),
     CallFunction(graph="sft", call="score", samples=SAMPLES),
-    Transfer(redistribute=REDISTRIBUTE),
+    REDISTRIBUTE,
     Release(ids=("a", "b")),
 )
 RESULTS = (
@@ -127,7 +126,7 @@ def corpus(run: str, epoch: int, digest: str, ids: range) -> list[Message]:
             deadline_s=60.0,
             submitted_s=0.0,
             command=command,
-            pre_hooks=(REDISTRIBUTE,),
+            pre_hooks=(Reshard(source="actor", target="reference"),),
             post_hooks=(Reshard(source="actor", target="reference", eta=0.3), Save(model="actor", directory="here")),
         )
         for identity in ids

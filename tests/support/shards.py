@@ -151,7 +151,7 @@ class Worker:
             for sequence, tensor in zip(samples.ids, tensors, strict=True):
                 store.put(sequence, key, tensor)
         shard, algorithm = self.shards[layout], GroupRelativePolicy(LOSS)
-        keys = LOSS.reads if shard.stage.is_last else ()
+        keys = LOSS.reads if shard.stage.is_last else ("tokens",)
         share = self._share(layout, samples.lengths("tokens"), samples.ids, TRAINING_TOKENS)
         microbatches = [store.microbatch(samples.select(places), keys, self.context.device) for places in share]
         statistics = shard.train(algorithm, microbatches)

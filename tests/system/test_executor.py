@@ -29,10 +29,10 @@ from trainmaster.system.rpc.commands import (
     Done,
     FunctionDone,
     Mean,
+    Redistribute,
     Release,
     Save,
     ShardFile,
-    Transfer,
 )
 from trainmaster.system.rpc.messages import Lane, Success
 from trainmaster.system.rpc.peer import Answer
@@ -139,8 +139,8 @@ class Workers:
 
     def _result(self, said: Said) -> CallDone | FunctionDone | Done:
         match said.command:
-            case CallModel(call=name, microbatches=microbatches):
-                ids = tuple(each for samples in microbatches for each in samples.ids)
+            case CallModel(call=name, samples=samples):
+                ids = samples.ids
                 keys = {key: column(len(ids), 7) for key in self.graph.call(name).outputs}
                 outputs = Samples(ids=ids, keys=keys) if keys and said.rank % 2 else None
                 return CallDone(statistics={"loss": Mean(total=2.0, weight=2.0)}, version=1, outputs=outputs)
@@ -193,13 +193,13 @@ async def test_data_is_moved_on_the_transfer_lane_before_a_call_starts():
     async with executor:
         await executor.admit(1, samples)
     kinds = [type(said.command) for said in workers.said]
-    assert kinds[: kinds.index(CallModel)] == [Transfer] * NUM_WORKERS, "all but the first stage of 0 lack prompts"
-    assert {said.lane for said in workers.of(Transfer)} == {Lane.TRANSFER}
+    assert kinds[: kinds.index(CallModel)] == [Redistribute] * NUM_WORKERS, "all but the first stage of 0 lack prompts"
+    assert {said.lane for said in workers.of(Redistribute)} == {Lane.TRANSFER}
     assert {said.step for said in workers.of(CallModel)} == {1}
-    received = [said.command.redistribute.receives for said in workers.of(Transfer)]
+    received = [said.command.receives for said in workers.of(Redistribute)]
     cells = [
         (said.rank, key, sequence)
-        for said, parcels in zip(workers.of(Transfer), received, strict=True)
+        for said, parcels in zip(workers.of(Redistribute), received, strict=True)
         for parcel in parcels
         for block in parcel.blocks
         for key in block.keys
@@ -214,10 +214,7 @@ async def test_stages_get_the_share_of_their_replica():
     storage.add(0, prompts())
     async with executor:
         await executor.admit(1, prompts())
-    shares = {
-        said.rank: [each for samples in said.command.microbatches for each in samples.ids]
-        for said in workers.of(CallModel, "train")
-    }
+    shares = {said.rank: list(said.command.samples.ids) for said in workers.of(CallModel, "train")}
     assert (shares[0], shares[2]) == (shares[1], shares[3])
     assert sorted(shares[0] + shares[2]) == sorted(prompts().ids)
 
@@ -249,7 +246,7 @@ async def test_a_later_pass_moves_nothing_again():
     storage.add(0, prompts())
     async with executor:
         await executor.admit(1, prompts())
-    names = [said.name for said in workers.of(Transfer)]
+    names = [said.name for said in workers.of(Redistribute)]
     assert names.count("data for train") <= NUM_WORKERS, "one move for all minibatches and passes"
 
 

@@ -13,7 +13,6 @@ from trainmaster.api.errors import RunError
 from trainmaster.api.graph import CallKind, Microbatching, ModelFunctionCall
 from trainmaster.system.redistribution import keys_of_stage, plan_redistribution
 from trainmaster.system.rpc.codec import encode_body
-from trainmaster.system.rpc.commands import Transfer
 from trainmaster.system.rpc.messages import Lane, Request
 from trainmaster.system.rpc.parcels import Parcel, Redistribute, StepKind
 from trainmaster.system.storage import Storage
@@ -267,9 +266,7 @@ def test_the_bars_at_a_small_size():
     loads = bytes_sent(plan, 16)
     assert max(loads) <= 1.2 * sum(loads) / 16
     for part in plan.values():
-        request = Request(
-            run="r", epoch=1, id=1, lane=Lane.TRANSFER, deadline_s=1, submitted_s=0, command=Transfer(redistribute=part)
-        )
+        request = Request(run="r", epoch=1, id=1, lane=Lane.TRANSFER, deadline_s=1, submitted_s=0, command=part)
         assert sum(map(len, encode_body(request))) < 8192
 
 
@@ -347,5 +344,9 @@ def call_that_reads(*keys: str, **input_remap: str) -> ModelFunctionCall:
     ],
 )
 def test_only_the_last_stage_receives_what_the_algorithm_does_not_know_as_tokens(call, every_stage):
-    assert keys_of_stage(call, is_last=False) == every_stage
-    assert keys_of_stage(call, is_last=True) == call.inputs
+    assert keys_of_stage(call, is_last=False, reads_tokens=True) == every_stage
+    assert keys_of_stage(call, is_last=True, reads_tokens=True) == call.inputs
+
+
+def test_a_stage_that_has_no_use_for_tokens_receives_nothing():
+    assert keys_of_stage(call_that_reads("tokens", "loss_mask"), is_last=False, reads_tokens=False) == ()

@@ -147,7 +147,7 @@ class Bench:
         self, name: str, pre_hooks: tuple[Hook, ...] = (), post_hooks: tuple[Hook, ...] = ()
     ) -> tuple[CallDone, dict[str, float]]:
         success, seconds = self.ask(
-            CallModel(graph="g", call=name, microbatches=(self.samples,)), pre_hooks, post_hooks
+            CallModel(graph="g", call=name, samples=self.samples, sizes=(len(self.samples),)), pre_hooks, post_hooks
         )
         assert isinstance(success.result, CallDone)
         return success.result, seconds

@@ -70,10 +70,15 @@ class Stage(nn.Module):
             return []
         return [(name, parameter) for name, parameter in self.model.named_parameters() if self.cut.is_shared(name)]
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it matters which ids it is given: to embed them, to score them, or for what every stage holds."""
+        return self.is_first or self.is_last or bool(self.replicated)
+
     def forward(self, ids: Tensor, batch: PackedBatch, hidden: Tensor | None = None) -> Tensor:
         """Run this stage's part.
 
-        ids [1, T] int64, on every stage; hidden [1, T, H], from the stage before, on all but the first. -> [1, T, H]:
+        ids [1, T] int64, on every stage, of any value where it does not read them; hidden [1, T, H], from the stage before, on all but the first. -> [1, T, H]:
         what the next stage takes, or, on the last stage, after the final norm: what the head takes.
         """
         return self.run(ids, PackedPass(batch), hidden)

@@ -38,7 +38,6 @@ from trainmaster.system.rpc.commands import (
     Save,
     ShardFile,
     StoreAddress,
-    Transfer,
 )
 from trainmaster.system.rpc.framing import PROTOCOL_VERSION
 from trainmaster.system.rpc.inquiries import Inquire, Order, Refuse, RunStatus, WorkerState, WorkerStatus
@@ -95,7 +94,6 @@ parcels = st.builds(
 )
 redistributes = st.builds(Redistribute.of, tag=counts, sends=tuples(parcels, 2), receives=tuples(parcels, 2))
 hooks = st.one_of(
-    redistributes,
     st.builds(Save, model=text, directory=text),
     st.builds(Reshard, source=text, target=text, eta=st.floats(0, 1, exclude_min=True)),
     st.builds(Offload, model=text),
@@ -109,13 +107,10 @@ commands = st.one_of(
     st.builds(OpenFunction, graph=text, call=text),
     st.builds(Fetch, graph=text, start=counts, count=counts),
     st.builds(CallFunction, graph=text, call=text, samples=samples),
-    st.builds(
-        CallModel,
-        graph=text,
-        call=text,
-        microbatches=tuples(samples, 2),
+    st.tuples(text, text, samples).map(
+        lambda drawn: CallModel(graph=drawn[0], call=drawn[1], samples=drawn[2], sizes=(1,) * len(drawn[2]))
     ),
-    st.builds(Transfer, redistribute=redistributes),
+    redistributes,
     st.builds(Release, ids=tuples(text)),
 )
 means = st.builds(Mean, total=st.floats(allow_nan=False), weight=st.floats(-1e300, 1e300))
@@ -236,13 +231,10 @@ REQUEST = Request(
     command=CallModel(
         graph="sft",
         call="train",
-        microbatches=(SAMPLES,),
+        samples=SAMPLES,
+        sizes=(2,),
     ),
-    pre_hooks=(
-        Redistribute.of(
-            tag=7, sends=(Parcel(peers=(1,), blocks=(SAMPLES,)),), receives=(Parcel(peers=(2,), blocks=(SAMPLES,)),)
-        ),
-    ),
+    pre_hooks=(Reshard(source="actor", target="reference", eta=0.5),),
     post_hooks=(Save(model="actor", directory="here"),),
 )
 
@@ -427,11 +419,12 @@ def test_a_missing_field_is_a_protocol_error(field: str):
         ((), "pre_hooks", [{"type": "call_model"}]),
         ((), "post_hooks", "save"),
         (("command",), "kind", "destroy"),
-        (("command",), "microbatches", {}),
-        (("command", "microbatches", 0), "ids", [1]),
-        (("command", "microbatches", 0), "keys", {"tokens": None}),
-        (("command", "microbatches", 0, "keys", "tokens"), "lengths", ["x"]),
-        (("pre_hooks", 0), "tag", -1),
+        (("command",), "samples", []),
+        (("command",), "sizes", "two"),
+        (("command", "samples"), "ids", [1]),
+        (("command", "samples"), "keys", {"tokens": None}),
+        (("command", "samples", "keys", "tokens"), "lengths", ["x"]),
+        (("pre_hooks", 0), "eta", -1),
     ],
 )
 def test_a_field_of_another_kind_is_a_protocol_error(path: tuple[object, ...], field: str, value: object):

@@ -100,11 +100,18 @@ def test_values_of_another_type_or_length_than_the_metadata_says_are_our_own_mis
 
 def test_a_microbatch_has_tokens_and_the_keys_that_were_asked_for():
     store, samples = filled()
-    microbatch = store.microbatch(samples, ["values"], torch.device("cpu"))
+    microbatch = store.microbatch(samples, ["tokens", "values"], torch.device("cpu"))
     assert microbatch.tokens.tolist() == [[1, 2, 3, 4]]
     assert microbatch.num_tokens == 4
     assert set(microbatch.keys) == {"values"}
     assert microbatch.keys["values"].shape == (4, 2)
+
+
+def test_tokens_that_a_stage_has_no_use_for_are_zeros_and_need_not_be_there():
+    _, samples = filled()
+    microbatch = Store().microbatch(samples, [], torch.device("cpu"))
+    assert microbatch.tokens.tolist() == [[0, 0, 0, 0]]
+    assert microbatch.packed.seqlens == samples.lengths("tokens")
 
 
 def test_a_microbatch_knows_keys_by_other_names():
@@ -115,8 +122,8 @@ def test_a_microbatch_knows_keys_by_other_names():
         other.put(sequence, "values", store.get(sequence, "tokens"))
         other.put(sequence, "tokens", store.get(sequence, "values"))
     keys = {"tokens": "values", "values": "tokens"}
-    got = other.microbatch(swapped, ["values"], torch.device("cpu"), keys)
-    wanted = store.microbatch(samples, ["values"], torch.device("cpu"))
+    got = other.microbatch(swapped, ["tokens", "values"], torch.device("cpu"), keys)
+    wanted = store.microbatch(samples, ["tokens", "values"], torch.device("cpu"))
     assert got.tokens.equal(wanted.tokens)
     assert got.packed.seqlens == wanted.packed.seqlens
     assert got.keys["values"].equal(wanted.keys["values"])

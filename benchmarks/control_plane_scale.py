@@ -60,6 +60,7 @@ from trainmaster.api.experiments.base import CompiledExperiment
 from trainmaster.system import redistribution
 from trainmaster.system.cluster import Cluster
 from trainmaster.system.executor import Executor
+from trainmaster.system.master import collect_rarely
 from trainmaster.system.rpc import codec
 from trainmaster.system.rpc.port import Port
 from trainmaster.system.rpc.server import Server
@@ -328,6 +329,7 @@ def main() -> None:
     if options.one is not None:
         simulated.raise_file_limit()
         logging.disable(logging.WARNING)  # simulators that get no processor are called unresponsive, thousands of them
+        collect_rarely()
         print(json.dumps(asyncio.run(measure(options.one, options.steps, options.idle_seconds))))
         return
     rows = [run_size(num_workers, options) for num_workers in options.workers]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api.algorithms import KLEstimator, LossNormalisation
-    from .api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+    from .api.config import Dataset, Deadlines, Layout, Model, NaNPolicy, Optimizer, RunOptions, Schedule
     from .api.experiments.answers import AnswerEvaluation
     from .api.experiments.grpo import GRPO
     from .api.experiments.sft import SFT
@@ -31,11 +31,13 @@ _HOME = {
     "Layout": "api.config",
     "LossNormalisation": "api.algorithms",
     "Model": "api.config",
+    "NaNPolicy": "api.config",
     "OnFailure": "api.rewards",
     "Optimizer": "api.config",
     "Reward": "api.rewards",
     "RunOptions": "api.config",
     "Sampling": "api.sampling",
+    "Schedule": "api.config",
 }
 __all__ = [
     "GRPO",
@@ -47,11 +49,13 @@ __all__ = [
     "Layout",
     "LossNormalisation",
     "Model",
+    "NaNPolicy",
     "OnFailure",
     "Optimizer",
     "Reward",
     "RunOptions",
     "Sampling",
+    "Schedule",
 ]
 
 

@@ -133,9 +133,11 @@ def _add_schedule(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     text = "verify a pipeline schedule, print its figures beside the formulas, or draw it"
     command = commands.add_parser("schedule", help=text, description=text, allow_abbrev=False)
     command.set_defaults(handler=_schedule, parser=command, file=Path())
-    command.add_argument("--kind", required=True, metavar="KIND", help="gpipe, 1f1b, interleaved, zb-h1 or forward")
-    command.add_argument("--stages", required=True, metavar="P", help="pipeline ranks")
-    command.add_argument("--microbatches", required=True, metavar="M", help="microbatches of a step")
+    command.add_argument("--run", metavar="RUN", help="a run's directory, or its name in runs: show what was measured")
+    command.add_argument("--step", type=int, metavar="N", help="of RUN: one of its run.timeline_steps")
+    command.add_argument("--kind", metavar="KIND", help="gpipe, 1f1b, interleaved, zb-h1 or forward")
+    command.add_argument("--stages", metavar="P", help="pipeline ranks")
+    command.add_argument("--microbatches", metavar="M", help="microbatches of a step")
     command.add_argument("--chunks", metavar="V", help="stages a rank, of interleaved (2)")
     command.add_argument(
         "--times",
@@ -149,10 +151,18 @@ def _add_schedule(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _schedule(options: argparse.Namespace, rest: list[str]) -> int:
-    from .workers.pipeline.report import Request, show
+    from .workers.pipeline.report import Request, show, show_measured
 
     if rest:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.run is not None:
+        if options.step is None:
+            options.parser.error("--run wants --step")
+        show_measured(options.run, options.step, options.out)
+        return 0
+    missing = [f"--{name}" for name in ("kind", "stages", "microbatches") if not getattr(options, name)]
+    if missing:
+        options.parser.error(f"the following arguments are required: {', '.join(missing)} (or --run and --step)")
     show(
         Request(
             kind=options.kind,

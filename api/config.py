@@ -7,6 +7,7 @@ records against each other; `system.preflight` checks them against the disk. Not
 from __future__ import annotations
 
 from dataclasses import field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,19 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from .errors import ConfigError
 from .record import record
+
+
+class Schedule(StrEnum):
+    """In which order a pipeline trains microbatches: see docs/pipelines.md."""
+
+    ONE_F_ONE_B = "1f1b"
+    """One forward and one backward by turns: holds few activations."""
+    GPIPE = "gpipe"
+    """All forwards, then all backwards."""
+    INTERLEAVED = "interleaved"
+    """1f1b with several stages a worker (`chunks`): a smaller bubble, more messages."""
+    ZB_H1 = "zb-h1"
+    """1f1b whose gradients of weights fill the bubble."""
 
 
 @record
@@ -31,6 +45,13 @@ class Layout:
     """Tensor parallel: the number of workers that share each layer. This version runs 1 only."""
     sp: PositiveInt = 1
     """Sequence parallel: the number of workers that share each sequence. This version runs 1 only."""
+    schedule: Schedule = Schedule.ONE_F_ONE_B
+    """In which order stages train microbatches: `1f1b`, `gpipe`, `interleaved` or `zb-h1`. The result is the same."""
+    chunks: PositiveInt = 1
+    """Stages that each worker holds, for `interleaved`: the layers are cut into `pp * chunks` stages, at most the
+    number of layers."""
+    recompute: bool = False
+    """Keep only a stage's inputs, and compute its activations again before each backward: less memory, more time."""
 
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("sp", self.sp)):
@@ -38,10 +59,31 @@ class Layout:
                 raise ConfigError(
                     f"Layout.{axis}", size, "this version runs 1 only", "set it to 1 and spread the model by pp and dp"
                 )
+        if self.chunks > 1 and self.schedule is not Schedule.INTERLEAVED:
+            rule = f"schedule {self.schedule} has one stage a worker"
+            raise ConfigError("Layout.chunks", self.chunks, rule, "set it to 1, or schedule to interleaved")
+        if self.chunks > 1 and self.pp == 1:
+            raise ConfigError("Layout.chunks", self.chunks, "chunks are of a pipeline, and pp is 1", "raise pp")
+        if self.schedule is Schedule.INTERLEAVED and self.chunks == 1:
+            rule = "interleaved has 2 stages a worker or more"
+            raise ConfigError("Layout.chunks", self.chunks, rule, "raise it, or set schedule to 1f1b")
+        if self.recompute and self.pp == 1:
+            rule = "with pp = 1 each backward follows its forward at once, and nothing is held in between"
+            raise ConfigError("Layout.recompute", self.recompute, rule, "leave it out, or raise pp")
 
     @property
     def num_workers(self) -> int:
         return self.dp * self.pp * self.tp * self.sp
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces that the layers are cut into."""
+        return self.pp * self.chunks
+
+    def is_cut_like(self, other: Layout) -> bool:
+        """Whether both have the same piece of a model on each of their workers."""
+        axes = ("dp", "pp", "tp", "sp", "chunks")
+        return all(getattr(self, axis) == getattr(other, axis) for axis in axes)
 
 
 @record
@@ -84,6 +126,15 @@ class Model:
         return path
 
 
+class NaNPolicy(StrEnum):
+    """What becomes of an optimizer step whose loss or gradient is not finite."""
+
+    STOP = "stop"
+    """The run fails, and names the microbatch; the weights are as they were."""
+    SKIP = "skip"
+    """The step is not taken, on any worker, and counted (`skipped_steps`)."""
+
+
 @record
 class Optimizer:
     """AdamW (arXiv 1711.05101) with linear warmup to a constant rate and clipping by the global gradient norm."""
@@ -102,6 +153,8 @@ class Optimizer:
     """Decoupled weight decay, on matrices only (no norms, no biases)."""
     max_gradient_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this L2 norm, taken over all stages; None leaves them alone."""
+    on_nan_loss: NaNPolicy = NaNPolicy.STOP
+    """What to do if a loss or the gradient norm is NaN or infinite: `stop` the run, or `skip` the optimizer step."""
 
     def __post_init__(self) -> None:
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
@@ -179,6 +232,8 @@ class RunOptions:
     """Intra-op threads of each worker; by default its host's cores divided by the workers there, at least one."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     """How long to wait for what."""
+    timeline_steps: tuple[PositiveInt, ...] = ()
+    """Steps whose training is timed, by instruction: `trainmaster schedule --run NAME --step N` draws it."""
     log_json: bool = False
     """Write logs as JSON, one object a line."""
 

@@ -46,7 +46,13 @@ class Microbatching:
     """How the sequences of one request are cut into pipeline slots."""
 
     max_tokens: PositiveInt
-    """The most tokens in one microbatch (of a generation: the most that its responses may grow to)."""
+    """The most tokens in one microbatch.
+
+    Of a generation: the KV cache of one open microbatch, in tokens, and thus how many sequences are in it at once, each
+    with room for the longest prompt and response of the request. As many microbatches are open as there are stages, so
+    a worker never holds more keys and values than those of this many tokens in all layers of the model. Whoever has no
+    room waits, and takes the place of the next that ends.
+    """
     min_count: PositiveInt = 1
     """At least this many microbatches on each data-parallel rank, if there are enough sequences."""
 

@@ -141,8 +141,9 @@ def _check_model(model: Model, field: str) -> Mapping[str, Any]:
             continue
         if not isinstance(num_layers, int):
             raise ConfigError(f"{field}.config.{name}", num_layers, "must be a whole number", "write it without quotes")
-        if model.layout.pp > num_layers:
-            raise ConfigError(
-                f"{field}.layout.pp", model.layout.pp, f"the model has only {num_layers} layers", "lower it"
-            )
+        if model.layout.num_stages > num_layers:
+            rule = f"the model has only {num_layers} layers"
+            if model.layout.chunks > 1:
+                rule += f", and pp * chunks is {model.layout.num_stages}"
+            raise ConfigError(f"{field}.layout.pp", model.layout.pp, rule, "lower it")
     return config

@@ -9,6 +9,7 @@ Only outputs that the call declares are kept. Nothing here is kept between calls
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
 import torch
@@ -24,7 +25,7 @@ from ..system.rpc.commands import CallDone, Mean
 from .algorithms import inference_algorithm, training_algorithm
 from .data.microbatch import Microbatch
 from .data.store import Store
-from .pipeline.generation import Prompt, Response
+from .pipeline.generation import Prompt, Response, Round
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -38,10 +39,16 @@ Outcome = tuple[dict[str, Mean], Samples | None]
 
 
 def call_model(
-    call: ModelFunctionCall, share: Sequence[Samples], shard: ModelShard, store: Store, tokenizer: Tokenizer
+    call: ModelFunctionCall,
+    share: Sequence[Samples],
+    shard: ModelShard,
+    store: Store,
+    tokenizer: Tokenizer,
+    timeline: Path | None = None,
 ) -> CallDone:
     """Runs a call on this replica's share of a minibatch, its microbatches in the order in which they are run.
 
+    `timeline`: a file that gets a line with the times of a training.
     Raises `ConfigError` for a stop token that the tokenizer has not.
     """
     outputs: Samples | None = None
@@ -49,7 +56,8 @@ def call_model(
         case CallKind.GENERATE:
             statistics, outputs = _generate(call, share, shard, store, tokenizer)
         case CallKind.TRAIN_STEP:
-            statistics = shard.train(training_algorithm(call.settings), _microbatches(call, share, shard, store))
+            microbatches = _microbatches(call, share, shard, store)
+            statistics = shard.train(training_algorithm(call.settings), microbatches, timeline)
         case CallKind.INFERENCE:
             statistics, outputs = _infer(call, share, shard, store)
         case _:
@@ -87,7 +95,8 @@ def _generate(
     assert isinstance(call.settings, Generation), "a generation says how it samples"
     sampling, key = call.settings.sampling, input_keys(call)["prompt"]
     prompts = [_prompts(samples, key, shard, store) for samples in share]
-    responses = shard.generate(prompts, sampling, _stop_ids(tokenizer(), sampling))
+    limits = Round(max_tokens=call.microbatching.max_tokens)
+    responses = shard.generate(prompts, sampling, _stop_ids(tokenizer(), sampling), limits)
     if not responses:
         return {}, None
     flat = [prompt for microbatch in prompts for prompt in microbatch]

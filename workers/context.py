@@ -22,7 +22,7 @@ class Place:
     dp: int
     """Index of the replica."""
     pp: int
-    """Index of the stage."""
+    """Index of the pipeline rank."""
 
     @classmethod
     def of(cls, placed: PlacedModel, rank: int) -> Place:
@@ -30,8 +30,13 @@ class Place:
         return cls(placed.model.layout, placed.first_rank, dp, pp)
 
     def rank(self, dp: int, pp: int) -> int:
-        """The rank that holds stage `pp` of replica `dp`."""
+        """The worker that is pipeline rank `pp` of replica `dp`."""
         return self.first_rank + dp * self.layout.pp + pp
+
+    @property
+    def stages(self) -> range:
+        """Indices of the stages it holds, of `layout.num_stages`: chunk c of pipeline rank r is stage c * pp + r."""
+        return range(self.pp, self.layout.num_stages, self.layout.pp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,13 @@ class ShardGroups:
     """The groups of one shard; None where it would be alone."""
 
     pipe: Group | None = None
-    """All stages of its replica, by stage: activations, and sums over stages."""
+    """All workers of its replica, by pipeline rank: activations, and sums over stages."""
     gradients: Group | None = None
     """The same members: gradients have a channel of their own (NCCL knows no tags, and would wait crosswise)."""
     data: Group | None = None
-    """Its stage in all replicas."""
+    """Its stages in all replicas."""
     ends: Group | None = None
-    """First and last stage of its replica, which share tied embeddings."""
+    """The workers with first and last stage of its replica, which share tied embeddings."""
 
     @property
     def all(self) -> tuple[Group | None, ...]:

@@ -49,6 +49,7 @@ from .functions.calls import FunctionRunner
 from .models.checkpoint import write_config, write_stage
 from .models.configs import config_of, model_limits
 from .parallel.groups import TCPStore, host_store
+from .pipeline import measured
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Handlers:
             address=address,
         )
         set_threads(compiled.run.threads, welcome.num_local_workers)
+        self._directory = Path(welcome.log_directory).parent
+        """Of the run."""
         self._shards: dict[str, ModelShard] = {}
         self._file = loaded.file
         self._sources: dict[str, SequenceSource] = {}
@@ -81,7 +84,7 @@ class Handlers:
         """By model."""
         self._hosted_store: TCPStore | None = None
 
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: Command, step: int = 0) -> Result:
         match command:
             case Echo():
                 return Echoed(text=command.text, content=command.content)
@@ -102,7 +105,7 @@ class Handlers:
             case CallFunction():
                 return self._functions[command.graph, command.call].run(command.samples)
             case CallModel():
-                return self._call_model(command)
+                return self._call_model(command, step)
             case Redistribute():
                 assert self._context.transfer is not None, "one worker alone has everything"
                 redistribute(command, self._context.store, self._context.transfer)
@@ -210,10 +213,13 @@ class Handlers:
         sequences = self._sources[command.graph].read(command.start, command.count)
         return Fetched(samples=self._context.store.put_all([(sequence.id, sequence.keys) for sequence in sequences]))
 
-    def _call_model(self, command: CallModel) -> CallDone:
+    def _call_model(self, command: CallModel, step: int) -> CallDone:
         call = self._context.compiled.graphs[command.graph].graph.call(command.call)
         assert isinstance(call, ModelFunctionCall), "the master calls models by their calls"
         failpoint(f"worker.{call.kind}", self._context.rank)
         shard, store = self._shards[call.model], self._context.store
         share = command.samples.cut(command.sizes)
-        return call_model(call, share, shard, store, lambda: self._tokenizer(call.model))
+        timeline = None
+        if step in self._context.compiled.run.timeline_steps:
+            timeline = measured.path_of(self._directory, step, self._context.rank)
+        return call_model(call, share, shard, store, lambda: self._tokenizer(call.model), timeline)

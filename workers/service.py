@@ -180,7 +180,7 @@ class Worker:
         files: list[ShardFile] = []
         for hook in request.pre_hooks:
             _run_hook(handlers, hook, files, seconds)
-        result = _timed(request.command.type, seconds, lambda: handlers.execute(request.command))
+        result = _timed(request.command.type, seconds, lambda: handlers.execute(request.command, request.step))
         for hook in request.post_hooks:
             _run_hook(handlers, hook, files, seconds)
         return Success(result=result, files=tuple(files))

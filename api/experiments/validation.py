@@ -102,6 +102,13 @@ def _check_model(call: ModelFunctionCall, placed: PlacedModel, field: str) -> No
             "a model without an optimizer cannot be trained",
             "give the model an optimizer, or train another",
         )
+    if call.kind is CallKind.GENERATE and placed.model.layout.chunks > 1:
+        raise ConfigError(
+            f"{placed.field}.layout.chunks",
+            placed.model.layout.chunks,
+            f"{field} generates with {call.model}, and this version generates with one stage a worker only",
+            "set it to 1, with another schedule",
+        )
     replicas = placed.model.layout.dp
     if call.minibatch_size < replicas:
         raise ConfigError(
@@ -136,7 +143,7 @@ def _check_hook(hook: ModelHook, models: Models, called: PlacedModel, field: str
 def _check_reshard(hook: Reshard, source: PlacedModel, target: PlacedModel, field: str) -> None:
     if hook.source == hook.target:
         raise ConfigError(field, hook.target, "a model does not move towards itself", "name another source or target")
-    if source.model.layout != target.model.layout:
+    if not source.model.layout.is_cut_like(target.model.layout):
         raise ConfigError(
             field,
             hook.target,

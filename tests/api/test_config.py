@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.config import Dataset, Deadlines, Layout, Model, NaNPolicy, Optimizer, RunOptions, Schedule
 from trainmaster.api.errors import ConfigError
 
 
@@ -109,3 +109,38 @@ def test_a_seed_is_not_negative():
 
 def test_the_run_directory():
     assert RunOptions(name="first", directory="runs").path == Path("runs/first")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"pp": 2, "chunks": 2},
+            r"Layout\.chunks = 2: schedule 1f1b has one stage a worker\. Set it to 1, or schedule",
+        ),
+        ({"pp": 2, "chunks": 2, "schedule": "zb-h1"}, r"Layout\.chunks = 2: schedule zb-h1 has one stage a worker"),
+        (
+            {"chunks": 2, "schedule": "interleaved"},
+            r"Layout\.chunks = 2: chunks are of a pipeline, and pp is 1\. Raise",
+        ),
+        ({"pp": 2, "schedule": "interleaved"}, r"Layout\.chunks = 1: interleaved has 2 stages a worker or more"),
+        ({"recompute": True}, r"Layout\.recompute = True: with pp = 1 each backward follows its forward at once"),
+        ({"pp": 2, "schedule": "chimera"}, r"Layout\.schedule = 'chimera': "),
+    ],
+)
+def test_a_pipeline_that_makes_no_sense_is_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Layout(**fields)
+
+
+def test_a_layout_says_how_it_cuts():
+    layout = Layout(dp=2, pp=2, chunks=3, schedule="interleaved", recompute=True)
+    assert (layout.num_workers, layout.num_stages, layout.schedule) == (4, 6, Schedule.INTERLEAVED)
+    assert Layout(pp=2).is_cut_like(Layout(pp=2, schedule="zb-h1", recompute=True))
+    assert not Layout(pp=2).is_cut_like(Layout(pp=2, schedule="interleaved", chunks=2))
+    assert Layout(pp=2).schedule is Schedule.ONE_F_ONE_B
+
+
+def test_a_bad_loss_stops_a_run_unless_told_otherwise():
+    assert Optimizer().on_nan_loss is NaNPolicy.STOP
+    assert Optimizer(on_nan_loss="skip").on_nan_loss is NaNPolicy.SKIP

@@ -17,6 +17,8 @@ from trainmaster.api.graph import CallKind, Microbatching, ModelFunctionCall
 from trainmaster.system.rpc.commands import CallDone
 from trainmaster.workers.calls import call_model
 from trainmaster.workers.data.store import Store
+from trainmaster.workers.models.cache import KVCache
+from trainmaster.workers.pipeline import generation
 from trainmaster.workers.shard import ModelShard
 from workbench import TINY_MODEL
 
@@ -170,13 +172,31 @@ def test_generation_reads_and_writes_by_the_graphs_keys_and_may_swap_outputs(val
     assert done.statistics == plain.statistics
 
 
+def test_a_generation_keeps_within_the_tokens_of_a_microbatch(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved, columns = [], []
+
+    class Noted(KVCache):
+        def __init__(self, num_rows: int, max_length: int) -> None:
+            super().__init__(num_rows, max_length)
+            reserved.append(num_rows * max_length)
+
+    monkeypatch.setattr(generation, "KVCache", Noted)
+    longest = max(LENGTHS) + SAMPLING.max_new_tokens - 1
+    for num_slots in (4, 1):
+        made = replace(call(Generation(sampling=SAMPLING)), microbatching=Microbatching(max_tokens=num_slots * longest))
+        done, store = run(made, {"prompt": values["prompt"]})
+        columns.append(column(store, done.outputs, "tokens"))
+    assert reserved == [4 * longest, longest]
+    assert columns[0] == columns[1]
+
+
 def test_before_the_last_stage_only_tokens_are_read_whatever_they_are_called(
     values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     shard = lone_shard(Layout(pp=2), 0)
 
-    def train(algorithm: object, microbatches: list) -> dict:
+    def train(algorithm: object, microbatches: list, timeline: object) -> dict:
         seen.extend(microbatches)
         return {}
 

@@ -19,6 +19,8 @@ class Microbatch:
     """Where each sequence starts and ends."""
     keys: dict[str, Tensor]
     """The other keys, each `[T, *trailing]`; on the stages that use them."""
+    ids: tuple[str, ...] = ()
+    """Of its sequences, for messages."""
 
     @property
     def num_tokens(self) -> int:

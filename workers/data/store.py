@@ -122,18 +122,16 @@ class Store:
     def microbatch(
         self, samples: Samples, names: Iterable[str], device: torch.device, keys: Mapping[str, str] | None = None
     ) -> Microbatch:
-        """These samples as a stage takes them, with what it knows by these names, `tokens` in any case.
+        """These samples as a stage takes them, with what it knows by these names; tokens that are not named are zeros.
 
         `keys`: the store's key of each name; by default they are the same.
         """
-        key_of = {name: name if keys is None else keys[name] for name in ("tokens", *names)}
+        key_of = {name: name if keys is None else keys[name] for name in names}
         packed = self.packed(samples.only(key_of.values()))
-        tokens = key_of.pop("tokens")
-        return Microbatch(
-            tokens=packed[tokens][None].to(device),
-            packed=PackedBatch(samples.lengths(tokens), device),
-            keys={name: packed[key].to(device) for name, key in key_of.items()},
-        )
+        values = {name: packed[key].to(device) for name, key in key_of.items()}
+        batch = PackedBatch(samples.lengths("tokens" if keys is None else keys["tokens"]), device)
+        tokens = values.pop("tokens", torch.zeros(batch.num_tokens, dtype=torch.int64, device=device))
+        return Microbatch(tokens=tokens[None], packed=batch, keys=values, ids=tuple(samples.ids))
 
     def _get(self, sequence: str, key: str) -> Tensor:
         held = self._values.get(sequence, {})

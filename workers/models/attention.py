@@ -9,11 +9,12 @@ the batch and transformers' own predicate (causal, sliding window, chunks). Ever
 down to its attention layers, so the batch reaches them without keywords, hooks or globals, also when activation
 checkpointing recomputes in another thread. The *attention function* reads it and runs each sequence by itself.
 
-With a KV cache there are two kinds of pass. A *prefill* is as above, and keeps its keys and values. A *decode* is a row
-of one token for each live sequence, which attends to what the cache holds of its own, all in one kernel call:
+With a KV cache, sequences *decode* or *join*. One that decodes has one new token, which attends to what the cache holds
+of its own, all in one kernel call; one that joins is as above, and its keys and values are kept. A pass has any number
+of either: first those that decode, rows 0 to n-1 of the cache, then those that join, in the rows after them.
 
-    ids   [1, n]   a b c                       n live sequences, rows 0 to n-1 of the cache
-    positions      5 2 4
+    ids   [1, T]   a b c d d d d               n = 3 decode, d joins
+    positions      5 2 4 0 1 2 3
 
 Invariants: no score ever crosses two sequences; a mask is dense only where the predicate hides more than the future,
 and then once per (length, kind of layer) and forward pass.
@@ -82,6 +83,8 @@ class PackedBatch:
     @cached_property
     def position_ids(self) -> Tensor:
         """[1, T] int64: every token's place within its own sequence."""
+        if self.starts and self.num_tokens == len(self.seqlens):
+            return torch.tensor([self.starts], device=self.device)
         lengths, starts = torch.tensor(self.seqlens), torch.tensor(self.starts or 0)
         shifts = lengths.cumsum(0) - lengths - starts  # of a sequence: its place in the row, less its first position
         return (torch.arange(self.num_tokens) - shifts.repeat_interleave(lengths))[None].to(self.device)
@@ -112,37 +115,56 @@ class PackedPass:
     batch: PackedBatch
     cache: KVCache | None = None
     """Keeps the keys and values of this pass, and gives those of earlier ones."""
+    num_decoding: int = 0
+    """n: its first sequences, which have one new token each, and a past in the cache."""
     num_calls: Counter[int | None] = field(default_factory=Counter)
     """How often each layer (by its index) has attended."""
 
     @classmethod
+    def step(cls, cache: KVCache, joining: tuple[int, ...], device: torch.device) -> PackedPass:
+        """One more token for each live row of the cache, in the order of rows, and whole sequences that become rows.
+
+        `joining`: their lengths.
+        """
+        starts = cache.lengths
+        cache.advance(tuple([start + 1 for start in starts]) + joining)
+        all_starts = starts + (0,) * len(joining) if starts else ()
+        return cls(PackedBatch((1,) * len(starts) + joining, device, all_starts), cache, len(starts))
+
+    @classmethod
     def prefill(cls, cache: KVCache, seqlens: tuple[int, ...], device: torch.device) -> PackedPass:
         """The first pass with a cache: whole sequences, which become its rows."""
-        cache.advance(seqlens)
-        return cls(PackedBatch(seqlens, device), cache)
+        assert not cache.lengths, f"a cache of {len(cache.lengths)} live rows; a `step` lets sequences join them"
+        return cls.step(cache, seqlens, device)
 
     @classmethod
     def decode(cls, cache: KVCache, device: torch.device) -> PackedPass:
-        """A later pass: one more token for each live row of the cache, in the order of rows."""
-        starts = cache.lengths
-        cache.advance(tuple([start + 1 for start in starts]))
-        return cls(PackedBatch((1,) * len(starts), device, starts), cache)
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether each sequence has one new token, and a past in the cache."""
-        return bool(self.batch.starts)
+        """A pass that nobody joins."""
+        return cls.step(cache, (), device)
 
     @cached_property
     def is_uniform(self) -> bool:
-        """Whether the live rows of a decode are all equally long."""
-        return min(self.batch.starts) == max(self.batch.starts)
+        """Whether the rows that decode are all equally long."""
+        starts = self.batch.starts[: self.num_decoding]
+        return min(starts) == max(starts)
+
+    @cached_property
+    def longest_decoding(self) -> int:
+        """Tokens of the longest row that decodes, the new one included."""
+        return max(self.batch.starts[: self.num_decoding]) + 1
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """The batch's, less the sequences that decode."""
+        if not self.num_decoding:
+            return self.batch.runs
+        return [(len(list(run)), length) for length, run in groupby(self.batch.seqlens[self.num_decoding :])]
 
     @cached_property
     def slots(self) -> Slots:
         """Where the cache keeps the tokens of this pass."""
         num_sequences, positions = len(self.batch.seqlens), self.batch.position_ids[0]  # [T]
-        if self.is_decode and self.is_uniform:
+        if self.num_decoding == num_sequences and self.is_uniform:
             return slice(num_sequences), slice(None), self.batch.starts[0]
         rows = torch.arange(num_sequences).repeat_interleave(torch.tensor(self.batch.seqlens))
         return rows.to(positions.device), slice(None), positions
@@ -190,15 +212,15 @@ class PackedMask:
         return self._dense[length]
 
     def newest(self, num_keys: int) -> Tensor | None:
-        """[n, 1, 1, S] bool: which of its S cached places each row's new token sees, or None if all see all.
+        """[n, 1, 1, S] bool: which of its S cached places each decoding row's new token sees, or None if all see all.
 
         Computed once for all layers of this kind; where rows are equally long, the first dimension may be 1.
         """
         if self.current.is_uniform and self.is_plain(num_keys):
             return None
         if self._newest is None:
-            positions = self.current.batch.position_ids.view(-1, 1, 1, 1)
-            positions = positions[:1] if self.current.is_uniform else positions
+            num_rows = 1 if self.current.is_uniform else self.current.num_decoding
+            positions = self.current.batch.position_ids[0, :num_rows].view(-1, 1, 1, 1)
             index = torch.arange(num_keys, device=positions.device)[None, None, None]
             zero = index.new_zeros(1, 1, 1, 1)
             self._newest = self.visible(zero, zero, positions, index)
@@ -272,15 +294,22 @@ def packed_attention(
     current, layer = mask.current, getattr(module, "layer_idx", None)
     place = (layer, current.num_calls[layer])
     current.num_calls[layer] += 1
+    num_decoding, decoded = current.num_decoding, []
     if current.cache is not None:
         keys, values = current.cache.write(place, key, value, current.slots)
-        if current.is_decode:
-            return attend_cached(query, keys, values, mask.newest(keys.shape[2]), scores), None
-    runs = current.batch.runs
+        if num_decoding:
+            longest = current.longest_decoding
+            decoding = query[:, :, :num_decoding], keys[:num_decoding, :, :longest], values[:num_decoding, :, :longest]
+            out = attend_cached(*decoding, mask.newest(longest), scores)
+            if num_decoding == current.batch.num_tokens:
+                return out, None
+            decoded = [out[0]]
+            query, key, value = (tensor[:, :, num_decoding:] for tensor in (query, key, value))
+    runs = current.runs
     sizes = [count * length for count, length in runs]
     # split, not slices: the backward of n slices fills n tensors of full size with zeros, that of a split is one cat
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    rows = []
+    rows = decoded
     for (count, length), part in zip(runs, parts, strict=True):
         # [count, heads, L, size]
         q, k, v = (tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in part)

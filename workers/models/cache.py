@@ -1,15 +1,14 @@
-"""The KV cache of one microbatch: what its live sequences have attended to, one row a sequence.
+"""The KV cache of one microbatch: what its live sequences have attended to, one row (slot) a sequence.
 
-    row 0   a a a a a a . .      lengths (6, 4, 7); `.` is reserved, and zero until it is written
+    row 0   a a a a a a . .      lengths (6, 4, 7); `.` is reserved, and finite whatever was there
     row 1   b b b b . . . .
-    row 2   c c c c c c c .      max_length = longest prompt + most new tokens - 1
-    row 3   - - - - - - - -      was a sequence that has ended: the last live row moved to its place
+    row 2   c c c c c c c .      max_length = the most that any sequence of these slots may grow to
+    row 3   - - - - - - - -      free: was a sequence that has ended; who joins takes the first free row
 
-Invariants: live sequences are rows 0 to n-1, so a forward pass reads a slice, and ended ones cost nothing; the order of
-rows after a compaction depends on who lives alone, so every stage finds the same. Memory is reserved when a layer first
-writes, for this microbatch's own longest sequence.
+Invariants: live sequences are rows 0 to n-1, so a forward pass reads a slice, and ended ones cost nothing. Memory is
+`num_rows * max_length` tokens of each layer, reserved when the layer first writes.
 
-Does not: know of models, masks or scores (`attention` writes and reads), or of who has ended (`generation`).
+Does not: know of models, masks or scores (`attention` writes and reads), or of who ends, moves or joins (`slots`).
 
 Shapes: n live rows, K key-value heads, S places in use, D head size of keys, E of values, T tokens of a pass.
 """
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 Place = tuple[int | None, int]
@@ -34,8 +32,8 @@ class KVCache:
     cache = KVCache(num_rows=3, max_length=8)
     hidden = stage.run(ids, PackedPass.prefill(cache, (6, 4, 7), device))       # ids [1, 17]
     hidden = stage.run(ids, PackedPass.decode(cache, device))                   # ids [1, 3]
-    order = cache.compact([True, False, True])                                  # [0, 2]
-    hidden = stage.run(ids, PackedPass.decode(cache, device))                   # ids [1, 2]
+    cache.keep([0, 2])                                                          # the second has ended
+    hidden = stage.run(ids, PackedPass.step(cache, (5,), device))               # ids [1, 7]: one of 5 tokens joins
     """
 
     def __init__(self, num_rows: int, max_length: int) -> None:
@@ -66,29 +64,16 @@ class KVCache:
         num_live, longest = len(self.lengths), max(self.lengths)
         return keys[:num_live, :, :longest], values[:num_live, :, :longest]
 
-    def compact(self, is_live: Sequence[bool]) -> list[int]:
-        """Let go of rows that have ended. Returns for each row that is left the row that it was (`compacted`)."""
-        assert len(is_live) == len(self.lengths), (
-            f"{len(self.lengths)} rows, but {len(is_live)} are said to live or not"
+    def keep(self, order: Sequence[int]) -> None:
+        """Let go of all rows but these, which become rows 0, 1, ... in this order."""
+        moved = [(row, old) for row, old in enumerate(order) if row != old]
+        assert all(old >= len(order) for _, old in moved), (
+            f"rows {list(order)}: a row moves into a hole, not to another's"
         )
-        order = compacted(is_live)
-        moved = [row for row, old in enumerate(order) if row != old]
-        self.lengths = tuple(self.lengths[row] for row in order)
-        tensors = [*self._keys.values(), *self._values.values()]
-        if moved and tensors:
-            longest, device = max(self.lengths[row] for row in moved), tensors[0].device
-            targets, sources = torch.tensor([moved, [order[row] for row in moved]], device=device)
-            for tensor in tensors:
-                used = tensor[:, :, :longest]
-                used.index_copy_(0, targets, used.index_select(0, sources))
-        return order
-
-
-def compacted(is_live: Sequence[bool]) -> list[int]:
-    """The live rows, in an order that moves few: each hole is filled from the end.
-
-    compacted([True, False, True, False, True]) == [0, 4, 2]
-    """
-    num_live = sum(is_live)
-    movers = [row for row in range(num_live, len(is_live)) if is_live[row]]
-    return [row if is_live[row] else movers.pop() for row in range(num_live)]
+        self.lengths = tuple([self.lengths[old] for old in order])
+        if not moved:
+            return
+        for tensor in (*self._keys.values(), *self._values.values()):
+            for row, old in moved:
+                length = self.lengths[row]
+                tensor[row, :, :length] = tensor[old, :, :length]

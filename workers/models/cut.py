@@ -122,7 +122,7 @@ def balanced_split(num_layers: int, num_stages: int) -> list[tuple[int, int]]:
         balanced_split(7, 3) == [(0, 3), (3, 5), (5, 7)]
     """
     if not 1 <= num_stages <= num_layers:
-        rule = f"must be between 1 and the model's {num_layers} layers, for every stage needs one"
+        rule = f"must be between 1 and the model's {num_layers} layers, for every stage (pp * chunks) needs one"
         raise ConfigError("model.layout.pp", num_stages, rule, f"set it to {num_layers} or less")
     short, num_longer = divmod(num_layers, num_stages)
     bounds = [stage * short + min(stage, num_longer) for stage in range(num_stages + 1)]

@@ -78,8 +78,9 @@ class Stage(nn.Module):
     def forward(self, ids: Tensor, batch: PackedBatch, hidden: Tensor | None = None) -> Tensor:
         """Run this stage's part.
 
-        ids [1, T] int64, on every stage, of any value where it does not read them; hidden [1, T, H], from the stage before, on all but the first. -> [1, T, H]:
-        what the next stage takes, or, on the last stage, after the final norm: what the head takes.
+        ids [1, T] int64, on every stage, of any value where it does not read them; hidden [1, T, H], from the stage
+        before, on all but the first. -> [1, T, H]: what the next stage takes, or, on the last stage, after the final
+        norm: what the head takes.
         """
         return self.run(ids, PackedPass(batch), hidden)
 

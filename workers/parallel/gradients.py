@@ -24,6 +24,23 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: Group) -> No
             gradient.copy_(part.view_as(gradient))
 
 
+def sum_copies(copies: Sequence[Sequence[nn.Parameter]], group: Group | None) -> None:
+    """Gives all copies of some parameters the sum of their gradients: those of this rank, and of the group's others.
+
+    `copies`: each as long as the first. Every member of the group has at least one.
+    """
+    first, *others = copies
+    for other in others:
+        for parameter, copy in zip(first, other, strict=True):
+            if copy.grad is not None:
+                parameter.grad = copy.grad if parameter.grad is None else parameter.grad.add_(copy.grad)
+    if group is not None:
+        all_reduce_gradients(first, group)
+    for other in others:
+        for parameter, copy in zip(first, other, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.clone()
+
+
 def squared_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The sum of squares of all gradients, a float32 scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

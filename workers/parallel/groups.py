@@ -31,10 +31,6 @@ class Sending:
     work: dist.Work
     group: Group
 
-    def is_done(self) -> bool:
-        """Whether the tensor is free again; a failure shows in `wait`."""
-        return bool(self.work.is_completed()) and bool(self.work.is_success())
-
     def wait(self) -> None:
         with self.group.named("send"):
             self.work.wait(self.group.deadline)

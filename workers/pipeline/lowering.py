@@ -16,21 +16,27 @@ from functools import lru_cache
 
 from .dependencies import inputs, outputs
 from .instructions import BACKWARDS, Instruction, Op, Program
-from .schedules import forward_only, one_f_one_b
+from .schedules import Kind, schedule
 from .simulate import Times, simulate
 from .verify import verify, verify_compute
 
 
 @lru_cache(maxsize=256)
-def training_program(num_stages: int, num_microbatches: int) -> Program:
-    """1F1B with communication, verified."""
-    return lowered(one_f_one_b(num_stages, num_microbatches))
+def training_program(
+    num_ranks: int,
+    num_microbatches: int,
+    kind: Kind = Kind.ONE_F_ONE_B,
+    num_chunks: int = 1,
+    recompute: bool = False,
+) -> Program:
+    """With communication, verified."""
+    return lowered(schedule(kind, num_ranks, num_microbatches, num_chunks), recompute)
 
 
 @lru_cache(maxsize=256)
-def inference_program(num_stages: int, num_microbatches: int) -> Program:
+def inference_program(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Program:
     """Forward only with communication, verified."""
-    return lowered(forward_only(num_stages, num_microbatches))
+    return lowered(schedule(Kind.FORWARD, num_ranks, num_microbatches, num_chunks))
 
 
 def lowered(compute: Program, recompute: bool = False) -> Program:

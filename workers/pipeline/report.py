@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .drawing import draw
 from .formulas import Formulas, formulas
 from .instructions import Program
 from .lowering import lowered
+from .measured import Planned, mean_times, read
 from .schedules import Kind, schedule
 from .simulate import Figures, Times, figures, peaks, simulate
 
@@ -53,9 +54,7 @@ class _Planned:
 def show(request: Request) -> None:
     """Prints, and draws if asked. Raises ConfigError for a request that makes no sense."""
     planned = _plan(request)
-    console = Console(soft_wrap=True, highlight=False)
-    if not console.is_terminal:
-        console.width = _UNCUT
+    console = _console()
     console.print(Text(_title(planned, request.recompute), style="bold"))
     console.print(_table(planned, request.recompute))
     for note in _notes(planned, request.recompute):
@@ -63,6 +62,55 @@ def show(request: Request) -> None:
     if request.out is not None:
         request.out.write_text(picture(request), encoding="utf-8")
         console.print(Text(f"drew {request.out}"))
+
+
+def show_measured(run: str, step: int, out: Path | None) -> None:
+    """A step's timeline beside what its schedule predicts with the same mean times. Raises ConfigError without one."""
+    directory = Path(run) if Path(run).is_dir() else Path("runs") / run
+    measured = read(directory, step)
+    planned, times = measured.planned, mean_times(measured)
+    got, wanted = figures(measured.timeline), figures(simulate(planned.program, times))
+    title = f"{directory.name}, step {step}: {planned.model}, {planned.kind}, {_size(planned)}"
+    table = _columns(
+        ("", "measured", "predicted"),
+        [
+            ("makespan, ms", f"{1e3 * got.makespan:.1f}", f"{1e3 * wanted.makespan:.1f}"),
+            ("bubble, all ranks", f"{got.bubble:.2%}", f"{wanted.bubble:.2%}"),
+            ("bubble, longest rank", f"{got.bubble_own:.2%}", f"{wanted.bubble_own:.2%}"),
+        ],
+    )
+    mean = f"F {1e3 * times.forward:.2f}, I {1e3 * times.input_gradient:.2f}, W {1e3 * times.weight_gradient:.2f} ms"
+    note = f"mean times of a microbatch on one rank: {mean}; the prediction is for equal microbatches and no messages"
+    console = _console()
+    console.print(Text(title, style="bold"))
+    console.print(table)
+    console.print(Text(note, style="dim"))
+    if out is not None:
+        told = f"makespan {1e3 * got.makespan:.1f} ms, a bubble of {got.bubble:.1%}; predicted {wanted.bubble:.1%}"
+        out.write_text(draw(measured.timeline, title, [told]), encoding="utf-8")
+        console.print(Text(f"drew {out}"))
+
+
+def _size(planned: Planned) -> str:
+    chunks = f" with {planned.num_chunks} chunks each" if planned.num_chunks > 1 else ""
+    again = ", activations recomputed" if planned.recompute else ""
+    return f"{planned.num_ranks} ranks{chunks}, {planned.num_microbatches} microbatches{again}"
+
+
+def _console() -> Console:
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console.width = _UNCUT
+    return console
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(Text(name, style="bold"), overflow="fold", justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def picture(request: Request) -> str:
@@ -155,12 +203,7 @@ def _table(planned: _Planned, recompute: bool) -> Table:
     if recompute:
         rows = [(*row[:2], "") for row in rows]
         rows.append((f"inputs kept at most{unit}, by rank", _listed(h.inputs for h in held), ""))
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "verified", "formula"):
-        table.add_column(Text(column, style="bold"), overflow="fold", justify="left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return _columns(("", "verified", "formula"), rows)
 
 
 def _notes(planned: _Planned, recompute: bool) -> list[str]:

@@ -19,12 +19,17 @@ from ...api.sampling import Sampling
 
 
 def sample(
-    logits: Tensor, uniforms: Tensor | None, sampling: Sampling, forbidden: Tensor | None = None
+    logits: Tensor,
+    uniforms: Tensor | None,
+    sampling: Sampling,
+    forbidden: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A token for each row, and its log-probability.
 
     logits [n, V]; uniforms [n] float32 in [0, 1), one for each row, or None at temperature 0; forbidden [any] int64,
-    tokens that must not be chosen now. -> [n] int64, [n] float32.
+    tokens that must not be chosen now; held [n] bool, the rows for which this holds, or None for all. -> [n] int64,
+    [n] float32.
 
     The log-probability is of the token under the softmax of all logits over the temperature (of the logits alone at
     temperature 0), whatever was forbidden or cut off: what a trainer computes again. Draws are by inverse CDF, in the
@@ -34,6 +39,8 @@ def sample(
     if sampling.temperature not in (0.0, 1.0):
         scores = scores / sampling.temperature
     allowed = scores if forbidden is None else scores.index_fill(1, forbidden, float("-inf"))
+    if held is not None:
+        allowed = allowed.where(held[:, None], scores)
     if sampling.temperature == 0.0:
         tokens = allowed.argmax(-1, keepdim=True)  # [n, 1]
     else:

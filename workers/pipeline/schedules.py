@@ -25,7 +25,7 @@ class Kind(StrEnum):
 
 
 def schedule(kind: Kind, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Program:
-    """By name. `num_chunks` is of interleaved alone."""
+    """By name. `num_chunks` is of interleaved and forward alone."""
     match kind:
         case Kind.GPIPE:
             return gpipe(num_ranks, num_microbatches)
@@ -36,15 +36,25 @@ def schedule(kind: Kind, num_ranks: int, num_microbatches: int, num_chunks: int 
         case Kind.ZB_H1:
             return zb_h1(num_ranks, num_microbatches)
         case Kind.FORWARD:
-            return forward_only(num_ranks, num_microbatches)
+            return forward_only(num_ranks, num_microbatches, num_chunks)
         case _:
             assert_never(kind)
 
 
-def forward_only(num_stages: int, num_microbatches: int) -> Program:
-    """Every microbatch forward through every stage: inference."""
-    ranks = [_all(Op.FORWARD, stage, num_microbatches) for stage in range(num_stages)]
-    return _program(Kind.FORWARD, num_microbatches, range(num_stages), ranks)
+def forward_only(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Program:
+    """Every microbatch forward through every stage: inference. Stages and groups are those of `interleaved`."""
+    groups = _groups(num_ranks, num_microbatches)
+    ranks = [
+        [
+            Instruction(Op.FORWARD, stage, at)
+            for group in groups
+            for stage in range(rank, num_ranks * num_chunks, num_ranks)
+            for at in group
+            if at < num_microbatches
+        ]
+        for rank in range(num_ranks)
+    ]
+    return _program(Kind.FORWARD, num_microbatches, list(range(num_ranks)) * num_chunks, ranks)
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Program:
@@ -77,7 +87,7 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int) -> Progr
     full, the order is that of full groups less the microbatches that are not there: a shorter last group would have
     ranks wait for each other (4 ranks, 3 chunks, 5 microbatches), and leaving out what nothing depends on cannot.
     """
-    groups = [range(first, first + num_ranks) for first in range(0, num_microbatches, num_ranks)]
+    groups = _groups(num_ranks, num_microbatches)
     ranks = []
     for rank in range(num_ranks):
         stages = range(rank, num_ranks * num_chunks, num_ranks)
@@ -133,6 +143,11 @@ def generation(num_stages: int, trips: Sequence[int]) -> Program:
                 order.append(Instruction(Op.SAMPLE, stage, microbatch, trip=trip))
         ranks.append(tuple(order))
     return Program("generation", len(trips), chained(range(num_stages), is_generating=True), tuple(ranks))
+
+
+def _groups(num_ranks: int, num_microbatches: int) -> list[range]:
+    """Of `num_ranks` microbatches each; the last may have some that are not there."""
+    return [range(first, first + num_ranks) for first in range(0, num_microbatches, num_ranks)]
 
 
 def _all(op: Op, stage: int, num_microbatches: int) -> list[Instruction]:

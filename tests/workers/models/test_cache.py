@@ -1,31 +1,14 @@
 """The KV cache by itself, and passes with it against whole models without."""
 
-import random
-
 import pytest
 import torch
 from trainmaster.workers.models.attention import PackedPass, Scores, attend, attend_cached
-from trainmaster.workers.models.cache import KVCache, compacted
+from trainmaster.workers.models.cache import KVCache
 from trainmaster.workers.models.loading import load_stage
+from trainmaster.workers.pipeline.slots import compacted
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 17, 1, 23)  # of the first microbatch; windows and chunks are of 8
-
-
-def test_compaction_fills_holes_from_the_end():
-    assert compacted([True, False, True, False, True]) == [0, 4, 2]
-    assert compacted([True, True]) == [0, 1]
-    assert compacted([False, False, True]) == [2]
-    assert compacted([False]) == []
-
-
-def test_compaction_keeps_all_live_rows_and_moves_only_what_it_must():
-    source = random.Random(0)
-    for _ in range(200):
-        is_live = [source.random() < 0.6 for _ in range(source.randrange(1, 12))]
-        order = compacted(is_live)
-        assert sorted(order) == [row for row, live in enumerate(is_live) if live]
-        assert all(row == old for row, old in enumerate(order) if is_live[row])
 
 
 def test_a_cache_gives_back_what_was_written_after_any_compaction():
@@ -46,15 +29,16 @@ def test_a_cache_gives_back_what_was_written_after_any_compaction():
     write(PackedPass.prefill(cache, (3, 1, 2), CPU))
     write(PackedPass.decode(cache, CPU))
     assert cache.lengths == (4, 2, 3)
-    assert cache.compact([False, True, True]) == [2, 1]
+    cache.keep([2, 1])
     rows = [rows[2], rows[1]]
     write(PackedPass.decode(cache, CPU))
     assert cache.lengths == (4, 3)
-    assert cache.compact([False, True]) == [1]
+    cache.keep([1])
     rows = [rows[1]]
     write(PackedPass.decode(cache, CPU))
     assert cache.lengths == (4,)
-    assert cache.compact([False]) == []
+    cache.keep([])
+    assert cache.lengths == ()
 
 
 def test_a_cache_holds_no_more_than_was_reserved():
@@ -80,9 +64,9 @@ def test_positions_of_passes():
     assert PackedPass.prefill(cache, (3, 2), CPU).batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     current = PackedPass.decode(cache, CPU)
     assert current.batch.position_ids.tolist() == [[3, 2]]
-    assert current.is_decode
+    assert current.num_decoding == 2
     assert not current.is_uniform
-    cache.compact([False, True])
+    cache.keep([1])
     assert PackedPass.decode(cache, CPU).is_uniform
 
 
@@ -138,10 +122,43 @@ def test_cached_passes_equal_the_whole_model(whole, num_stages, prompts):
         )
         while True:
             is_live = [length < len(tokens) for tokens, _, length in live]
-            orders = [cache.compact(is_live) for cache in caches]
-            if not orders[0]:
+            order = compacted(is_live)
+            if not order:
                 break
-            live = [(tokens, wanted, length + 1) for tokens, wanted, length in (live[row] for row in orders[0])]
+            for cache in caches:
+                cache.keep(order)
+            live = [(tokens, wanted, length + 1) for tokens, wanted, length in (live[row] for row in order)]
             sizes = (1,) * len(live)
             row = torch.stack([tokens[length - 1] for tokens, _, length in live])
             check(row, [PackedPass.decode(cache, CPU) for cache in caches])
+
+
+def test_sequences_join_those_that_decode(whole, num_stages):
+    """One pass of rows that go on and of others that join, in the place of some that have ended."""
+    stages = [load_stage(whole.directory, index, num_stages, CPU).eval() for index in range(num_stages)]
+    ids, logits = whole.ids[0][0].split(LENGTHS), whole.logits[0][0].split(LENGTHS)
+    caches = [KVCache(3, max(LENGTHS)) for _ in stages]
+    held = []  # by row: the sequence, and how much of it the cache holds
+
+    def take(order, joining):
+        for cache in caches:
+            cache.keep(order)
+        rows = [(sequence, length + 1, 1) for sequence, length in (held[row] for row in order)]
+        rows += [(sequence, length, length) for sequence, length in joining]
+        held[:] = [(sequence, length) for sequence, length, _ in rows]
+        row, hidden = torch.cat([ids[sequence][end - size : end] for sequence, end, size in rows]), None
+        lengths = tuple(length for _, length in joining)
+        for stage, cache in zip(stages, caches, strict=True):
+            hidden = stage.run(row[None], PackedPass.step(cache, lengths, CPU), hidden)
+        got = stages[-1].logits(hidden)[0]
+        wanted = torch.cat([logits[sequence][end - size : end] for sequence, end, size in rows])
+        assert (got - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max().item())
+
+    with torch.inference_mode():
+        take([], [(3, 12), (1, 3)])
+        take([0, 1], [(2, 1)])  # all go on, at different lengths
+        take([0, 1], [(0, 3)])
+        take([2, 1], [(1, 12)])  # the last moves to the first row
+        take([0, 1, 2], [])
+        take([], [(3, 21)])
+        take([0], [(0, 4), (1, 4)])  # one goes on: all rows that decode are equally long

@@ -101,6 +101,17 @@ def test_a_forbidden_token_of_almost_all_weight_is_avoided(numbers):
     torch.testing.assert_close(logprobs, torch.full((64,), -200.0))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_forbidden_to_the_rows_that_are_held(logits, numbers, temperature):
+    sampling, forbidden = Sampling(max_new_tokens=1, temperature=temperature), torch.arange(0, VOCABULARY, 2)
+    held = torch.arange(64) % 3 == 0
+    tokens, logprobs = sample(logits, numbers, sampling, forbidden, held)
+    for rows, limits in ((held, (forbidden,)), (~held, ())):
+        wanted, wanted_logprobs = sample(logits[rows], numbers[rows], sampling, *limits)
+        assert torch.equal(tokens[rows], wanted)
+        assert torch.equal(logprobs[rows], wanted_logprobs)
+
+
 def test_half_precision_logits_give_float32_logprobs(logits, numbers):
     tokens, logprobs = sample(logits.bfloat16(), numbers, Sampling(max_new_tokens=1))
     wanted = logits.bfloat16().float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]

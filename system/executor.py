@@ -188,15 +188,16 @@ class Executor:
     async def _run_model(
         self, firing: Firing, call: ModelFunctionCall, minibatches: list[Shares], save: Save | None
     ) -> None:
-        traversal = self._steps[firing.step].traversal
-        if not minibatches:
+        traversal, turns = self._steps[firing.step].traversal, minibatches * call.passes
+        if not turns:
             traversal.skipped.append(call.name)
             if save is not None:  # a checkpoint that is due is written even if there was nothing to train on
                 await self._save(firing.step, call, save, traversal)
+            self._obey(self._flow.finished(firing, dropped=firing.samples.ids))  # for who would read its outputs
+            return
         requests = [
-            self._request(firing, call, shares, save, is_first=number == 0, is_last=number == last)
-            for last in [len(minibatches) * call.passes - 1]
-            for number, shares in enumerate(minibatches * call.passes)
+            self._request(firing, call, shares, save, is_first=at == 0, is_last=at + 1 == len(turns))
+            for at, shares in enumerate(turns)
         ]
         try:
             for request in requests:

@@ -106,24 +106,17 @@ class Client:
             answer = self._answers.get(timeout=deadline_s)
         except queue.Empty:
             if self._refusal:
-                raise self._refused(self._refusal) from None
-            why = f". {self._num_failed} connections to it ended in the handshake: {suspicion(self._keys)}"
-            raise RunError(
-                f"no master answered at {self._master} within {deadline_s:g} s (run.deadlines.register_s)"
-                + (f"{why} (--keys RUN/keys/worker-N.key)" if self._num_failed else "")
-            ) from None
+                raise _refused(self._master, self._refusal) from None
+            raise _unanswered(self._master, deadline_s, self._num_failed, self._keys) from None
         match answer:
             case Welcome():
                 return answer
             case Refuse():
-                raise self._refused(answer.reason)
+                raise _refused(self._master, answer.reason)
             case Shutdown():
                 raise RunError(f"the master is shutting down: {answer.reason}")
             case ConfigError():
                 raise answer
-
-    def _refused(self, reason: str) -> ConfigError:
-        return ConfigError("--master", self._master, f"the master refused this worker: {reason}", "see there")
 
     def next_request(self, lane: Lane) -> tuple[Request, float] | None:
         """Waits for the lane's next request, and returns it with the seconds that are left to it.
@@ -215,16 +208,11 @@ class Client:
             self._beat(now_s)
 
     def _beat(self, now_s: float) -> None:
-        self._said_s = now_s
-        self._say(self._heartbeat(now_s))
-
-    def _heartbeat(self, now_s: float) -> Heartbeat:
         assert self.current is not None, "only a welcomed worker has a run and an epoch"
-        executing = tuple(
-            Executing(id=identity, seconds=max(0.0, now_s - start_s))
-            for identity, start_s in list(self._executing.items())
-        )
-        return Heartbeat(run=self.current.run, epoch=self.current.epoch, executing=executing)
+        self._said_s = now_s
+        since = list(self._executing.items())
+        executing = tuple(Executing(id=identity, seconds=max(0.0, now_s - start_s)) for identity, start_s in since)
+        self._say(Heartbeat(run=self.current.run, epoch=self.current.epoch, executing=executing))
 
     def _flush(self, now_s: float) -> None:
         if self._disconnected_s is None:
@@ -348,7 +336,7 @@ class Client:
                     self._cancelled.add(message.id)
             case Shutdown():
                 logger.info("shutting down: %s", message.reason)
-                self._say(self._heartbeat(time.monotonic()))  # acknowledges it: the master waits for that
+                self._beat(time.monotonic())  # acknowledges it: the master waits for that
                 self._answers.put(message)
                 self.shutdown = message
             case _:
@@ -366,3 +354,13 @@ class Client:
         logger.error("%s: this worker ends", why)
         logging.shutdown()
         os._exit(EXIT_MASTER_LOST)
+
+
+def _refused(master: str, reason: str) -> ConfigError:
+    return ConfigError("--master", master, f"the master refused this worker: {reason}", "see there")
+
+
+def _unanswered(master: str, deadline_s: float, num_failed: int, keys: ClientKeys | None) -> RunError:
+    why = f". {num_failed} connections to it ended in the handshake: {suspicion(keys)} (--keys RUN/keys/worker-N.key)"
+    what = f"no master answered at {master} within {deadline_s:g} s (run.deadlines.register_s)"
+    return RunError(what + (why if num_failed else ""))

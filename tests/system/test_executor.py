@@ -283,6 +283,23 @@ async def test_what_was_dropped_is_not_trained_on_and_too_little_is_skipped_but_
 
 
 @on_a_loop
+async def test_what_a_skipped_call_would_have_read_is_missed_by_those_that_wait_for_its_outputs():
+    experiment = compiled()
+    reference = experiment.training.graph.call("reference")
+    calls = [call for call in experiment.training.graph.calls if call.name != "reference"]
+    after_reward = replace(reference, inputs=(*reference.inputs, "reward"))
+    graph = Graph("grpo", (*calls, after_reward), ("prompt",), GROUP)
+    executor, workers, storage = make(replace(experiment, training=replace(experiment.training, graph=graph)))
+    storage.add(0, prompts())
+    workers.drops = prompts().ids[1:]
+    async with executor:
+        traversal = await executor.admit(1, prompts())
+    assert traversal.skipped == ["reference", "train"]
+    assert (traversal.num_read["reference"], traversal.num_read["train"]) == (1, 0)
+    assert len(storage) == 0
+
+
+@on_a_loop
 async def test_outputs_of_a_minibatch_are_scored_while_the_next_is_generated():
     experiment = compiled()
     calls = []

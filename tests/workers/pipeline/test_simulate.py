@@ -73,23 +73,22 @@ def critical_path(program: Program, times: Times) -> float:
     return num_stages * (forward + by_input + by_weight) + messages * times.communication
 
 
-@given(
-    st.sampled_from(ALL),
-    st.integers(1, 5),
-    st.integers(1, 9),
-    st.booleans(),
-    durations,
-    durations,
-    durations,
-    durations,
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    """Of all schedules."""
+    kind, num_chunks = draw(st.sampled_from(ALL))
+    compute = schedule(kind, draw(st.integers(1, 5)), draw(st.integers(1, 9)), num_chunks)
+    return lowered(compute, recompute=draw(st.booleans()) and kind is not Kind.FORWARD)
+
+
+all_times = st.builds(
+    Times, forward=durations, input_gradient=durations, weight_gradient=durations, communication=durations
 )
+
+
+@given(programs(), all_times)
 @settings(max_examples=100, deadline=None)
-def test_no_program_is_faster_than_its_busiest_rank_or_its_longest_path(
-    kind_v, p: int, m: int, recompute: bool, forward: float, by_input: float, by_weight: float, communication: float
-):
-    kind, v = kind_v
-    times = Times(forward=forward, input_gradient=by_input, weight_gradient=by_weight, communication=communication)
-    program = lowered(schedule(kind, p, m, v), recompute and kind is not Kind.FORWARD)
+def test_no_program_is_faster_than_its_busiest_rank_or_its_longest_path(program: Program, times: Times):
     timeline = simulate(program, times)
     found = figures(timeline)
     busiest = max(sum(span.end - span.start for span in rank) for rank in timeline.ranks)
@@ -102,26 +101,12 @@ def test_no_program_is_faster_than_its_busiest_rank_or_its_longest_path(
         assert all(one.end <= other.start + 1e-9 for one, other in pairwise(spans))
 
 
-@given(
-    st.sampled_from(ALL),
-    st.integers(1, 5),
-    st.integers(1, 9),
-    st.booleans(),
-    durations,
-    durations,
-    durations,
-    durations,
-)
+@given(programs(), all_times)
 @settings(max_examples=100, deadline=None)
-def test_adding_communication_costs_the_messages_and_nothing_else(
-    kind_v, p: int, m: int, recompute: bool, forward: float, by_input: float, by_weight: float, communication: float
-):
-    kind, v = kind_v
-    times = Times(forward=forward, input_gradient=by_input, weight_gradient=by_weight, communication=communication)
-    program = lowered(schedule(kind, p, m, v), recompute and kind is not Kind.FORWARD)
+def test_adding_communication_costs_the_messages_and_nothing_else(program: Program, times: Times):
     compute = Program(
         program.name,
-        m,
+        program.num_microbatches,
         program.topology,
         tuple(tuple(e for e in rank if e.op not in (Op.SEND, Op.RECEIVE)) for rank in program.ranks),
     )

@@ -141,11 +141,11 @@ class Handlers:
             return []
         shard.restore()
         directory = Path(hook.directory)
-        written = [write_stage(stage, directory) for stage in shard.stages]
+        files = [write_stage(stage, directory) for stage in shard.stages]
         if shard.stages[0].is_first:
             write_config(shard.stages[0], directory)
             self._tokenizer(hook.model).save_pretrained(str(directory))
-        return [ShardFile(file=each.name, tensors=each.tensors, size_bytes=each.total_size_bytes) for each in written]
+        return files
 
     def reshard(self, hook: Reshard) -> None:
         """Both models are on the same workers; nothing happens on others."""

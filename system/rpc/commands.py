@@ -36,11 +36,16 @@ Hook = Annotated[Save | Reshard | Offload, Field(discriminator="type")]
 
 @record
 class ShardFile:
-    """A `Save` hook's result: a file of tensors, and which tensors it holds. Empty where another replica writes."""
+    """A `Save` hook's result: a file of tensors. Empty where another replica writes."""
 
     tensors: tuple[str, ...] = ()
+    """The model's, by their names in the checkpoint: what its index is made of."""
     file: str = ""
+    """Its path within the checkpoint."""
     size_bytes: NonNegativeInt = 0
+    """Of the tensors."""
+    sha256: str = ""
+    """Of the file, in hexadecimal digits."""
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ from ...api.errors import ModelError
 
 Prune = Callable[[PreTrainedModel], None]
 
+_COMPUTED = (".inv_freq", ".position_ids")
+"""Ends of names of buffers that older versions saved, and that are computed now."""
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -98,7 +101,6 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
                 reason = "takes no attention but its own, which cannot keep packed sequences apart; use another type"
             raise ModelError(f"model type {config.model_type!r} {reason}") from error
         prune(self)
-        self._keys_to_ignore_on_load_unexpected = {r".*"}  # other stages' tensors
 
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
@@ -108,9 +110,18 @@ def read_pruned(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a pruned model on the CPU and tie it; reads only the tensors that are left after pruning.
 
-    Returns the model and what is wrong with the checkpoint: one line for each missing or misshapen tensor.
+    Returns the model and what is wrong with the checkpoint: one line for each tensor that is missing, misshapen, or of
+    no stage.
     """
-    loaded: Any = pruned_class(causal_lm_class(config), prune).from_pretrained(  # its type depends on its arguments
+    names: set[str] = set()
+
+    def note_and_prune(model: PreTrainedModel) -> None:
+        names.update(model.state_dict())
+        prune(model)
+
+    loaded: Any = pruned_class(
+        causal_lm_class(config), note_and_prune
+    ).from_pretrained(  # its type depends on its arguments
         directory,
         config=config,
         attn_implementation=attention,
@@ -122,6 +133,8 @@ def read_pruned(
     )
     model, report = loaded
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    extra = set(report["unexpected_keys"]) - names
+    faults += [f"{name} is of no use to the model" for name in sorted(extra) if not name.endswith(_COMPUTED)]
     for name, found, wanted in sorted(report["mismatched_keys"]):
         faults.append(f"{name} has shape {list(found)} where the model has {list(wanted)}")
     return model, faults

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...api.errors import ModelError
-from . import attention, hf_compat, probe
+from . import attention, hf_compat, integrity, probe
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune
 from .stage import Stage
@@ -32,11 +32,13 @@ def load_stage(
 ) -> Stage:
     """Read stage `index` of `num_stages` of the checkpoint in the directory `path`, in training mode.
 
-    Only safetensors, and only this stage's tensors, are read. Raises ModelError for a directory that is no checkpoint,
-    names of missing or misshapen tensors, and models that no stage can run; ConfigError for more stages than layers.
+    Only safetensors, and only this stage's tensors, are read; files are checked first (see `integrity`). Raises
+    ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or too many,
+    by name, and for models that no stage can run; ConfigError for more stages than layers.
     """
     with hf_compat.quiet():
         config = config_from_directory(path)
+        integrity.check(path, index, num_stages)
         attention.register()
         pruning = _Pruning(index, num_stages)
         try:

@@ -142,9 +142,9 @@ def test_loss_gradients_and_statistics_equal_the_equations(
 
 
 class IdentityHead:
-    config = PretrainedConfig(vocab_size=2)
-
     """A last stage whose hidden states are the logits."""
+
+    config = PretrainedConfig(vocab_size=2)
 
     @staticmethod
     def logits(hidden):

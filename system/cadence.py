@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..api.config import RunOptions
 from ..api.errors import ConfigError
+from ..api.graph import CallKind, Graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +42,12 @@ def plan_cadence(run: RunOptions, num_sequences: int, batch_size: int) -> Cadenc
                 "lower batch_size, or raise run.passes",
             )
     return Cadence(num_steps=num_steps, save_every=run.save_every, evaluate_every=run.evaluate_every)
+
+
+def optimizer_steps(graph: Graph, role: str) -> int:
+    """Of this model in one traversal, if no sequence is dropped."""
+    return sum(
+        graph.num_sequences // call.batch_size * math.ceil(call.batch_size / call.minibatch_size) * call.passes
+        for call in graph.model_calls
+        if call.kind is CallKind.TRAIN_STEP and call.model == role
+    )

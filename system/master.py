@@ -155,7 +155,7 @@ async def run_epoch(
             for fed in compiled.evaluations
         ]
         await cluster.open_functions()
-        num_parameters = await cluster.load_models()
+        num_parameters = await cluster.load_models(cadence.num_steps)
     for role, placed in compiled.models.items():
         layout = placed.model.layout
         progress.note(

@@ -95,7 +95,7 @@ class Handlers:
                 self._context.join_groups(command.store_host, command.store_port)
                 return Done()
             case LoadModel():
-                return self._load_model(command.model)
+                return self._load_model(command)
             case OpenDataset():
                 return self._open_dataset(command.graph)
             case OpenFunction():
@@ -157,14 +157,16 @@ class Handlers:
         if hook.model in self._shards:
             self._shards[hook.model].offload()
 
-    def _load_model(self, role: str) -> ModelLoaded:
+    def _load_model(self, command: LoadModel) -> ModelLoaded:
         failpoint("worker.load_model", self._context.rank)
+        role = command.model
         placed = self._context.compiled.models[role]
         groups = self._context.groups[role] if role in self._context.groups else ShardGroups()
-        shard = ModelShard(placed, self._context, groups)
+        shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps)
         self._shards[role] = shard
         num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())
-        return ModelLoaded(num_parameters=num_parameters, reads_tokens=shard.reads_tokens)
+        used = () if shard.optimizer is None else shard.optimizer.groups_used
+        return ModelLoaded(num_parameters=num_parameters, reads_tokens=shard.reads_tokens, groups_used=used)
 
     def _open_dataset(self, name: str) -> DatasetOpened:
         failpoint("worker.open_dataset", self._context.rank)

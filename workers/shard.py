@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..api.config import NaNPolicy
+from ..api.config import NaNPolicy, Recompute
 from ..api.experiments.base import PlacedModel
 from ..api.sampling import Sampling
 from ..system.rpc.commands import Mean
@@ -21,13 +21,15 @@ from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
-from .optimizer import clip, learning_rate, make_optimizer, move_state
+from .optimizer import ShardOptimizer, clip
 from .parallel.gradients import all_reduce_gradients, squared_norm, sum_copies
 from .pipeline import measured
 from .pipeline.generation import Prompt, Response, Round, generate
 from .pipeline.lowering import inference_program
 from .pipeline.runner import Runner, Training
 from .pipeline.timing import Clock
+from .precision import round_to, type_of
+from .recomputation import recompute_layers
 from .verdict import Losses
 
 
@@ -38,18 +40,29 @@ class ModelShard:
     Between calls they may be in the host's memory (`is_offloaded`); whatever uses them brings them back first.
     """
 
-    def __init__(self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups) -> None:
+    def __init__(
+        self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups, num_optimizer_steps: int = 0
+    ) -> None:
+        """`num_optimizer_steps`: of the whole run, over which its learning rate may fall."""
         self.placed, self.groups = placed, groups
         self.place = Place.of(placed, context.rank)
         self.device = context.device
         self._seed = context.compiled.run.seed
-        self.stages = _make_stages(placed, self.place, context)
+        self.stages, masters = _make_stages(placed, self.place, context)
         self.version = 0
         self.is_offloaded = False
-        self._optimizer: torch.optim.AdamW | None = None
+        self.optimizer: ShardOptimizer | None = None
         if placed.optimizer is not None:
-            self._optimizer = make_optimizer(self._parameters(), placed.optimizer)
-        self._runner = Runner(self.stages, groups.pipe, groups.gradients, context.device, torch.float32)
+            self.optimizer = ShardOptimizer(
+                [pair for stage in self.stages for pair in stage.model.named_parameters()],
+                placed.optimizer,
+                num_optimizer_steps,
+                masters,
+            )
+        for stage in self.stages:
+            recompute_layers(stage.cut.layers, placed.model.layout.recompute)
+        dtype = type_of(placed.model.dtype)
+        self._runner = Runner(self.stages, groups.pipe, groups.gradients, context.device, dtype)
 
     @property
     def stage(self) -> Stage:
@@ -83,18 +96,18 @@ class ModelShard:
         all raise: RunError where the microbatch is known, PeerLost elsewhere. The weights are as before in both cases.
         `timeline`: a file that gets a line with the times of all instructions.
         """
-        assert self._optimizer is not None, "the graph trains models with an optimizer only"
+        assert self.optimizer is not None, "the graph trains models with an optimizer only"
         self.restore()
         statistics, losses = Statistics(self.device), Losses()
         weight = self._total_weight(algorithm, microbatches)
-        norm: list[float | None] = []
+        steps: list[tuple[float, float] | None] = []
 
         def loss(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
             found = algorithm.loss(stage, hidden, microbatch, statistics) / weight
             losses.add(found, microbatch)
             return found
 
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for stage in self.stages:
             stage.train()
         planned = self._planned(len(microbatches))
@@ -104,18 +117,18 @@ class ModelShard:
             planned.program,
             microbatches,
             loss,
-            Training(seed=seed, reduce=self._reduce, step=lambda: norm.append(self._step(losses))),
+            Training(seed=seed, reduce=self._reduce, step=lambda: steps.append(self._step(losses))),
             clock,
         )
         if timeline is not None:
             measured.write(timeline, planned, self.place.pp, clock.times)
-        if norm[0] is None:
-            self._optimizer.zero_grad(set_to_none=True)
+        if steps[0] is None:
+            self.optimizer.zero_grad()
             return {"skipped_steps": Mean(total=1, weight=1)}
         self.version += 1
         merged = statistics.merged(self.groups.data)
-        merged["gradient_norm"] = Mean(total=norm[0], weight=1)
-        merged["learning_rate"] = Mean(total=self._optimizer.param_groups[0]["lr"], weight=1)
+        for name, value in zip(("gradient_norm", "learning_rate"), steps[0], strict=True):
+            merged[name] = Mean(total=value, weight=1)
         if self._on_nan_loss is NaNPolicy.SKIP:
             merged["skipped_steps"] = Mean(total=0, weight=1)
         return merged
@@ -152,7 +165,7 @@ class ModelShard:
 
     def move_towards(self, source: ModelShard, eta: float) -> None:
         """Weights become `eta * source + (1 - eta) * their own`, and the version the source's. It is not trained."""
-        assert self._optimizer is None, "the state of an optimizer belongs to weights that it stepped itself"
+        assert self.optimizer is None, "the state of an optimizer belongs to weights that it stepped itself"
         source.restore()
         self.restore()
         for given, changed in zip(source.stages, self.stages, strict=True):
@@ -173,8 +186,8 @@ class ModelShard:
     def _move(self, device: torch.device) -> None:
         for stage in self.stages:
             stage.to(device)
-        if self._optimizer is not None:
-            move_state(self._optimizer, device)
+        if self.optimizer is not None:
+            self.optimizer.move(device)
 
     def _total_weight(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> float:
         """Of the whole minibatch, over all replicas; with the last stage, where losses are."""
@@ -194,7 +207,7 @@ class ModelShard:
             num_ranks=layout.pp,
             num_microbatches=num_microbatches,
             num_chunks=layout.chunks,
-            recompute=layout.recompute,
+            recompute=layout.recompute is Recompute.STAGE,
         )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -219,9 +232,10 @@ class ModelShard:
         if replicated[0]:
             sum_copies(replicated, self.groups.pipe)
 
-    def _step(self, losses: Losses) -> float | None:
-        """Clips and steps; returns the gradient norm before clipping, over all stages. None: the step was skipped."""
-        assert self._optimizer is not None, "checked by train"
+    def _step(self, losses: Losses) -> tuple[float, float] | None:
+        """Clips and steps. Returns the gradient norm before clipping, over all stages, and the learning rate; None if
+        the step was skipped."""
+        assert self.optimizer is not None, "checked by train"
         assert self.placed.optimizer is not None, "checked by train"
         squares = squared_norm(self.own_parameters()).to(self.device)
         norm, num_bad = losses.agree(squares, self.groups.data if self.stage.is_last else None, self.groups.pipe)
@@ -230,18 +244,25 @@ class ModelShard:
                 losses.refuse(norm, num_bad, self.version + 1)
             return None
         clip(self._parameters(), norm, self.placed.optimizer.max_gradient_norm)
-        rate = learning_rate(self.placed.optimizer, self.version + 1)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        return norm
+        return norm, self.optimizer.step(self.version + 1)
 
 
-def _make_stages(placed: PlacedModel, place: Place, context: WorkerContext) -> tuple[Stage, ...]:
-    model = placed.model
+def _make_stages(
+    placed: PlacedModel, place: Place, context: WorkerContext
+) -> tuple[tuple[Stage, ...], dict[nn.Parameter, Tensor]]:
+    """The stages of a place, and float32 values of what is trained in another type."""
+    model, dtype = placed.model, type_of(placed.model.dtype)
     if model.path is not None:
         make = partial(load_stage, model.path)
     else:
         make = partial(init_stage, model.config, context.compiled.run.seed)
-    num_stages = model.layout.num_stages
-    return tuple(make(index, num_stages, context.device, torch.float32) for index in place.stages)
+    stages: list[Stage] = []
+    masters: dict[nn.Parameter, Tensor] = {}
+    for index in place.stages:
+        if dtype is torch.float32:
+            stages.append(make(index, model.layout.num_stages, context.device, dtype))
+            continue
+        stage = make(index, model.layout.num_stages, torch.device("cpu"), torch.float32)
+        masters |= round_to(stage, dtype, keeps_masters=placed.optimizer is not None)
+        stages.append(stage.to(context.device))
+    return tuple(stages), masters

@@ -82,6 +82,8 @@ class LoadModel:
 
     type: Literal["load_model"] = "load_model"
     model: str
+    num_optimizer_steps: NonNegativeInt = 0
+    """Of the whole run, if the model is trained: a learning rate may fall over them."""
 
 
 @record
@@ -195,6 +197,8 @@ class ModelLoaded:
     """On this worker's shard, tied copies not counted again."""
     reads_tokens: bool = True
     """Whether the shard has any use for token ids; it knows their number without them."""
+    groups_used: tuple[NonNegativeInt, ...] = ()
+    """Indices of the optimizer's groups that have a parameter on this worker's shard."""
 
 
 @record

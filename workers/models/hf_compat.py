@@ -149,13 +149,21 @@ def build_pruned(config: PretrainedConfig, prune: Prune, attention: str, dtype: 
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model = model_class(config)
-    if plan := model._get_dtype_plan(dtype):  # parameters that stay float32 in half-precision models
-        pattern, glob_of_group, _ = build_glob_alternation(list(plan))
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            match = re.search(pattern, name)
-            if match is not None and match.lastgroup is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.to(plan[glob_of_group[match.lastgroup]])
+    kept = float32_names(model, dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in kept:
+            tensor.data = tensor.data.to(torch.float32)
     return model
+
+
+def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of parameters and buffers that the model's author keeps in float32 in models of this half precision."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    pattern, _, _ = build_glob_alternation(list(plan))
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name for name, tensor in tensors if tensor.is_floating_point() and re.search(pattern, name) is not None}
 
 
 def initialise_module(model: PreTrainedModel, module: nn.Module) -> None:

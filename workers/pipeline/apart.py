@@ -41,9 +41,11 @@ class Deferred:
         for matrix, given, gradient, is_transposed in self._products:
             left, right = (given, gradient) if is_transposed else (gradient, given)
             if matrix.grad is None:
-                matrix.grad = left.t() @ right
-            else:
+                matrix.grad = (left.t() @ right).to(matrix.grad_dtype)  # float32 for half precision
+            elif matrix.grad.dtype is left.dtype:
                 matrix.grad.addmm_(left.t(), right)
+            else:
+                matrix.grad.add_(left.t() @ right)
         self._products.clear()
 
 

@@ -91,7 +91,9 @@ class Layout:
             raise ConfigError("Layout.chunks", self.chunks, rule, "raise it, or set schedule to 1f1b")
         if self.recompute is Recompute.STAGE and self.pp == 1:
             rule = "with pp = 1 each backward follows its forward at once, and nothing is held in between"
-            raise ConfigError("Layout.recompute", self.recompute.value, rule, "set it to full or selective, or raise pp")
+            raise ConfigError(
+                "Layout.recompute", self.recompute.value, rule, "set it to full or selective, or raise pp"
+            )
 
     @property
     def num_workers(self) -> int:
@@ -236,6 +238,10 @@ class Optimizer:
     """Gradients are scaled down to this L2 norm, taken over all stages; None leaves them alone."""
     on_nan_loss: NaNPolicy = NaNPolicy.STOP
     """What to do if a loss or the gradient norm is NaN or infinite: `stop` the run, or `skip` the optimizer step."""
+    state: Path | None = None
+    """A checkpoint that a run with `save_optimizer` wrote, in any layout: moments and the count of steps begin as they
+    were there, and so do warmup, schedule and random numbers. Give the model the same checkpoint. By default all begin
+    at zero."""
 
     def __post_init__(self) -> None:
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
@@ -308,6 +314,9 @@ class RunOptions:
     """The number of passes over the data; a last batch that would be incomplete is left out."""
     save_every: PositiveInt | None = None
     """Steps between checkpoints. The last step is always saved."""
+    save_optimizer: bool = False
+    """Checkpoints hold the state of optimizers, too (see `Optimizer.state`): with float32 weights, three times as
+    much."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations, if there is something to evaluate: then the start and the last step always are."""
     target_reward: float | None = None

@@ -48,6 +48,7 @@ from .device import pick_device, set_threads
 from .functions.calls import FunctionRunner
 from .models.checkpoint import write_config, write_stage
 from .models.configs import config_of, model_limits
+from .optimizer_state import write_state
 from .parallel.groups import TCPStore, host_store
 from .pipeline import measured
 from .shard import ModelShard
@@ -142,6 +143,8 @@ class Handlers:
         shard.restore()
         directory = Path(hook.directory)
         files = [write_stage(stage, directory) for stage in shard.stages]
+        if hook.with_optimizer and shard.optimizer is not None:
+            files += [write_state(stage, shard.optimizer, shard.version, directory) for stage in shard.stages]
         if shard.stages[0].is_first:
             write_config(shard.stages[0], directory)
             self._tokenizer(hook.model).save_pretrained(str(directory))

@@ -29,7 +29,8 @@ _RATE = "initial_lr"
 class ShardOptimizer:
     """Owns the masters, and what AdamW keeps of them in `adamw`, by master.
 
-    `groups_used`: indices of the configured groups that have a parameter here.
+    `groups_used`: indices of the configured groups that have a parameter here; `num_steps`: over which its learning
+    rate may fall, those before this run included.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ShardOptimizer:
     ) -> None:
         """`named`: what is trained, by its name in the model; `num_steps`: optimizer steps of the whole run; `masters`:
         float32 values of those parameters that are of another type."""
-        self._config, self._num_steps = config, num_steps
+        self._config, self.num_steps = config, num_steps
         self.masters: dict[nn.Parameter, nn.Parameter] = {
             parameter: nn.Parameter(masters[parameter].to(parameter.device)) if parameter in masters else parameter
             for _, parameter in named
@@ -68,7 +69,7 @@ class ShardOptimizer:
 
     def step(self, number: int) -> float:
         """The run's `number`-th optimizer step, from 1, by the parameters' gradients. Returns the learning rate."""
-        factor = rate_factor(self._config, number, self._num_steps)
+        factor = rate_factor(self._config, number, self.num_steps)
         for group in self.adamw.param_groups:
             group["lr"] = group[_RATE] * factor
         copies = [(parameter, master) for parameter, master in self.masters.items() if parameter is not master]

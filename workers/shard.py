@@ -22,6 +22,7 @@ from .data.microbatch import Microbatch
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import ShardOptimizer, clip
+from .optimizer_state import read_state
 from .parallel.gradients import all_reduce_gradients, squared_norm, sum_copies
 from .pipeline import measured
 from .pipeline.generation import Prompt, Response, Round, generate
@@ -59,6 +60,9 @@ class ModelShard:
                 num_optimizer_steps,
                 masters,
             )
+            if placed.optimizer.state is not None:
+                self.version = read_state(self.stages, self.optimizer, placed.optimizer.state)
+                self.optimizer.num_steps += self.version
         for stage in self.stages:
             recompute_layers(stage.cut.layers, placed.model.layout.recompute)
         dtype = type_of(placed.model.dtype)
@@ -81,11 +85,7 @@ class ModelShard:
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Parameters, less the copies of those that another stage of the replica owns."""
-        copies = set()
-        for stage in self.stages:
-            if not stage.is_first:
-                copies |= {id(parameter) for _, parameter in stage.replicated} | {id(stage.tied_embedding)}
-        return [parameter for parameter in self._parameters() if id(parameter) not in copies]
+        return [parameter for stage in self.stages for _, parameter in stage.own_parameters()]
 
     def train(
         self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch], timeline: Path | None = None

@@ -29,6 +29,8 @@ class Save:
     type: Literal["save"] = "save"
     model: str
     directory: str
+    with_optimizer: bool = False
+    """The state of the model's optimizer, too."""
 
 
 Hook = Annotated[Save | Reshard | Offload, Field(discriminator="type")]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -28,14 +27,17 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check(directory: Path, index: int = 0, num_parts: int = 1) -> None:
-    """Raises ModelError for a file that is missing, cut short, or not as it was written."""
-    for file in _indexed(directory):
+def check(directory: Path, index: int = 0, num_parts: int = 1, folder: str = ".") -> None:
+    """Checks the files of tensors in a folder of the checkpoint `directory`: by default those of weights.
+
+    Raises ModelError for a file that is missing, cut short, or not as it was written.
+    """
+    for file in _indexed(directory / folder):
         if not file.is_file():
             raise ModelError(f"{directory / INDEX} names {file.name}, which is not there; {_AGAIN}")
-    for file in sorted(directory.glob("*.safetensors")):
-        names_of(file)
-    manifest = read_manifest(directory)
+    for file in sorted((directory / folder).glob("*.safetensors")):
+        _open(file)
+    manifest = {name: file for name, file in read_manifest(directory).items() if Path(name).parent == Path(folder)}
     for name, written in sorted(manifest.items()):
         file = directory / name
         if not file.is_file():
@@ -50,12 +52,11 @@ def check(directory: Path, index: int = 0, num_parts: int = 1) -> None:
             )
 
 
-def names_of(file: Path) -> Sequence[str]:
-    """Of the tensors in a file. Raises ModelError for one that is no safetensors file, or not the whole of one."""
+def _open(file: Path) -> None:
+    """Raises ModelError for what is no safetensors file, or not the whole of one."""
     try:
-        with safe_open(file, "pt") as opened:
-            names: Sequence[str] = opened.keys()
-            return names
+        with safe_open(file, "pt"):
+            return
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} is no whole safetensors file ({error}); {_AGAIN}") from error
 

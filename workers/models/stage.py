@@ -70,6 +70,13 @@ class Stage(nn.Module):
             return []
         return [(name, parameter) for name, parameter in self.model.named_parameters() if self.cut.is_shared(name)]
 
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """By their names in `model`, less copies of those that an earlier stage holds: all stages' are the model's."""
+        copies = set() if self.is_first else {id(parameter) for _, parameter in self.replicated}
+        if not self.is_first and self.tied_embedding is not None:
+            copies.add(id(self.tied_embedding))
+        return [pair for pair in self.model.named_parameters() if id(pair[1]) not in copies]
+
     @property
     def reads_tokens(self) -> bool:
         """Whether it matters which ids it is given: to embed them, to score them, or for what every stage holds."""

@@ -46,6 +46,7 @@ from .data.tokenization import check_reload, load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
 from .functions.calls import FunctionRunner
+from .memory import Room
 from .models.checkpoint import write_config, write_stage
 from .models.configs import config_of, model_limits
 from .optimizer_state import write_state
@@ -64,10 +65,12 @@ class Handlers:
 
     def __init__(self, welcome: Welcome, loaded: LoadedExperiment, address: str) -> None:
         compiled = loaded.compiled
+        device = pick_device(welcome.rank, welcome.num_local_workers)
         self._context = WorkerContext(
             rank=welcome.rank,
             num_workers=welcome.num_workers,
-            device=pick_device(welcome.rank, welcome.num_local_workers),
+            device=device,
+            room=Room.on(device, welcome.num_local_workers),
             compiled=compiled,
             name=f"{welcome.run}/{welcome.epoch}",
             address=address,

@@ -19,6 +19,7 @@ from .algorithms.statistics import Statistics
 from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
+from .memory import Need
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import ShardOptimizer, clip
@@ -252,10 +253,16 @@ def _make_stages(
 ) -> tuple[tuple[Stage, ...], dict[nn.Parameter, Tensor]]:
     """The stages of a place, and float32 values of what is trained in another type."""
     model, dtype = placed.model, type_of(placed.model.dtype)
+    need = Need.of(dtype, is_trained=placed.optimizer is not None)
+
+    def admit(num_parameters: int) -> None:
+        if context.room is not None:
+            context.room.take(placed.field, num_parameters, need)
+
     if model.path is not None:
-        make = partial(load_stage, model.path)
+        make = partial(load_stage, model.path, admit=admit)
     else:
-        make = partial(init_stage, model.config, context.compiled.run.seed)
+        make = partial(init_stage, model.config, context.compiled.run.seed, admit=admit)
     stages: list[Stage] = []
     masters: dict[nn.Parameter, Tensor] = {}
     for index in place.stages:

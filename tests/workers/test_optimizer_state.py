@@ -82,7 +82,7 @@ def test_without_its_state_it_goes_on_otherwise(tmp_path):
 
 
 def test_masters_are_saved_and_loaded(tmp_path):
-    shard, case, first = trained(QWEN, tmp_path)
+    _, case, first = trained(QWEN, tmp_path)
     (half,) = load(first, Layout(), dtype=Precision.BFLOAT16)
     (again,) = load(save([half], tmp_path / "half"), Layout(), dtype=Precision.BFLOAT16)
     assert train(half, case, range(2, 4)) == train(again, case, range(2, 4))

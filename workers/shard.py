@@ -53,6 +53,8 @@ class ModelShard:
         self.stages, masters = _make_stages(placed, self.place, context)
         self.version = 0
         self.is_offloaded = False
+        self._averages: dict[Tensor, Tensor] = {}
+        """Of weights of half precision that are moved towards others: see `blend`."""
         self.optimizer: ShardOptimizer | None = None
         if placed.optimizer is not None:
             self.optimizer = ShardOptimizer(
@@ -169,8 +171,9 @@ class ModelShard:
         assert self.optimizer is None, "the state of an optimizer belongs to weights that it stepped itself"
         source.restore()
         self.restore()
+        masters = {} if source.optimizer is None else source.optimizer.masters
         for given, changed in zip(source.stages, self.stages, strict=True):
-            blend(given, changed, eta)
+            blend(given, changed, eta, masters, self._averages)
         self.version = source.version
 
     def offload(self) -> None:
@@ -189,6 +192,7 @@ class ModelShard:
             stage.to(device)
         if self.optimizer is not None:
             self.optimizer.move(device)
+        self._averages = {weight: average.to(device) for weight, average in self._averages.items()}
 
     def _total_weight(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> float:
         """Of the whole minibatch, over all replicas; with the last stage, where losses are."""

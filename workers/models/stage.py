@@ -12,7 +12,7 @@ Shapes: T tokens in a packed row, H hidden size, V vocabulary size, n any number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import PackedBatch, PackedPass, packed
 from .cut import Cut, balanced_split
+from .products import HALF, float32_products
 
 __all__ = ["Stage", "balanced_split"]
 
@@ -116,10 +117,10 @@ class Stage(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head, softcap and scaling included, on any of the last stage's outputs.
 
-        hidden [1, n, H] -> [1, n, V].
+        hidden [1, n, H] -> [1, n, V], float32 in models of half precision, too.
         """
         assert self.is_last, f"stage {self.index} of {self.num_stages} has no head"
-        with self._decoder_gives(hidden):
+        with self._decoder_gives(hidden), float32_products() if hidden.dtype in HALF else nullcontext():
             return self.model(inputs_embeds=hidden, use_cache=False).logits
 
     @contextmanager

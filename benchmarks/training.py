@@ -191,7 +191,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="on one line")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", choices=SIZES, help="this model only")
-    parser.add_argument("--side", choices=SIDES, help="take some steps of this side only, and say what memory they took")
+    parser.add_argument(
+        "--side", choices=SIDES, help="take some steps of this side only, and say what memory they took"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.side:

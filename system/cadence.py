@@ -17,10 +17,13 @@ class Cadence:
     num_steps: int
     save_every: int | None
     evaluate_every: int | None
+    is_saved: bool = True
+    """Whether anything is."""
 
     def saves_after(self, step: int) -> bool:
         """The last step is always saved."""
-        return step == self.num_steps or (self.save_every is not None and step % self.save_every == 0)
+        is_due = step == self.num_steps or (self.save_every is not None and step % self.save_every == 0)
+        return self.is_saved and is_due
 
     def evaluates_after(self, step: int) -> bool:
         """Step 0 is before the first; the last step is always evaluated."""

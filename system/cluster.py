@@ -48,8 +48,9 @@ def check_groups(placed: PlacedModel, used: Container[int]) -> None:
 class Cluster:
     """The workers of one run, by rank."""
 
-    def __init__(self, server: Server, loaded: LoadedExperiment) -> None:
-        self.server, self._loaded = server, loaded
+    def __init__(self, server: Server, loaded: LoadedExperiment, is_recorded: bool = False) -> None:
+        """`is_recorded`: workers record the first of each call."""
+        self.server, self._loaded, self._is_recorded = server, loaded, is_recorded
         self._run = loaded.compiled.run
         self.token_readers: dict[str, set[int]] = {}
         """By model, once it is loaded: ranks whose shards have a use for token ids."""
@@ -82,6 +83,7 @@ class Cluster:
                 experiment_digest=self._loaded.experiment_digest,
                 log_directory=str(log_directory),
                 log_json=self._run.log_json,
+                is_recorded=self._is_recorded,
                 orphan_s=self._run.deadlines.orphan_s,
                 silence_s=self._run.deadlines.silence_s,
             )

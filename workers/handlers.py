@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_never
 from ..api.algorithms import Generation
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import FedGraph
-from ..api.graph import FunctionCall, Graph, ModelFunctionCall
+from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
 from ..system.rpc.commands import (
     CallDone,
     CallFunction,
@@ -39,6 +39,7 @@ from ..system.rpc.commands import (
 )
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
+from . import recording
 from .calls import call_model
 from .context import ShardGroups, WorkerContext
 from .data.source import Limits, SequenceSource
@@ -52,6 +53,7 @@ from .models.configs import config_of, model_limits
 from .optimizer_state import write_state
 from .parallel.groups import TCPStore, host_store
 from .pipeline import measured
+from .recording import Record
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ class Handlers:
         set_threads(compiled.run.threads, welcome.num_local_workers)
         self._directory = Path(welcome.log_directory).parent
         """Of the run."""
+        self._is_recorded = welcome.is_recorded
         self._shards: dict[str, ModelShard] = {}
         self._file = loaded.file
         self._sources: dict[str, SequenceSource] = {}
@@ -230,4 +233,11 @@ class Handlers:
         timeline = None
         if step in self._context.compiled.run.timeline_steps:
             timeline = measured.path_of(self._directory, step, self._context.rank)
-        return call_model(call, share, shard, store, lambda: self._tokenizer(call.model), timeline)
+        path = recording.path_of(self._directory, call.name, self._context.rank)
+        record = None
+        if self._is_recorded and call.kind is not CallKind.GENERATE and not path.exists():
+            record = Record(command.graph, call.name, shard.place.dp)
+        done = call_model(call, share, shard, store, lambda: self._tokenizer(call.model), timeline, record)
+        if record is not None:
+            record.write(path)
+        return done

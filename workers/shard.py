@@ -32,6 +32,7 @@ from .pipeline.runner import Runner, Training
 from .pipeline.timing import Clock
 from .precision import round_to, type_of
 from .recomputation import recompute_layers
+from .recording import Record
 from .verdict import Losses
 
 
@@ -91,13 +92,18 @@ class ModelShard:
         return [parameter for stage in self.stages for _, parameter in stage.own_parameters()]
 
     def train(
-        self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch], timeline: Path | None = None
+        self,
+        algorithm: TrainingAlgorithm,
+        microbatches: Sequence[Microbatch],
+        timeline: Path | None = None,
+        record: Record | None = None,
     ) -> dict[str, Mean]:
         """One optimizer step on this replica's share of a minibatch. Statistics are those of the whole minibatch.
 
         If a loss or the gradient norm is not finite, the optimizer's policy says whether no replica takes the step, or
         all raise: RunError where the microbatch is known, PeerLost elsewhere. The weights are as before in both cases.
-        `timeline`: a file that gets a line with the times of all instructions.
+        `timeline`: a file that gets a line with the times of all instructions. `record`: takes down what becomes of the
+        microbatches, without dropout.
         """
         assert self.optimizer is not None, "the graph trains models with an optimizer only"
         self.restore()
@@ -106,13 +112,15 @@ class ModelShard:
         steps: list[tuple[float, float] | None] = []
 
         def loss(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+            if record is not None:
+                record.saw(stage, hidden, microbatch)
             found = algorithm.loss(stage, hidden, microbatch, statistics) / weight
             losses.add(found, microbatch)
             return found
 
         self.optimizer.zero_grad()
         for stage in self.stages:
-            stage.train()
+            stage.train(record is None)
         planned = self._planned(len(microbatches))
         clock = Clock(None if timeline is None else self.device)
         seed = f"{self._seed}/{self.placed.field}/{self.version}/{self.place.dp}"
@@ -120,7 +128,7 @@ class ModelShard:
             planned.program,
             microbatches,
             loss,
-            Training(seed=seed, reduce=self._reduce, step=lambda: steps.append(self._step(losses))),
+            Training(seed=seed, reduce=self._reduce, step=lambda: steps.append(self._step(losses, record))),
             clock,
         )
         if timeline is not None:
@@ -134,17 +142,25 @@ class ModelShard:
             merged[name] = Mean(total=value, weight=1)
         if self._on_nan_loss is NaNPolicy.SKIP:
             merged["skipped_steps"] = Mean(total=0, weight=1)
+        if record is not None and self.owns_outputs:
+            figures = {name: merged[name] for name in ("loss", "gradient_norm")}
+            record.figures = {name: mean.total / mean.weight for name, mean in figures.items()}
         return merged
 
     def infer(
-        self, algorithm: InferenceAlgorithm, microbatches: Sequence[Microbatch]
+        self, algorithm: InferenceAlgorithm, microbatches: Sequence[Microbatch], record: Record | None = None
     ) -> tuple[dict[str, Mean], list[dict[str, Tensor]]]:
-        """Forward only. Returns statistics of all replicas and, on the last stage, new keys by microbatch."""
+        """Forward only. Returns statistics of all replicas and, on the last stage, new keys by microbatch.
+
+        `record`: takes down what becomes of the microbatches.
+        """
         self.restore()
         statistics = Statistics(self.device)
         outputs: list[dict[str, Tensor]] = []
 
         def score(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> None:
+            if record is not None:
+                record.saw(stage, hidden, microbatch)
             outputs.append(algorithm.infer(stage, hidden, microbatch, statistics))
 
         for stage in self.stages:
@@ -237,11 +253,13 @@ class ModelShard:
         if replicated[0]:
             sum_copies(replicated, self.groups.pipe)
 
-    def _step(self, losses: Losses) -> tuple[float, float] | None:
+    def _step(self, losses: Losses, record: Record | None) -> tuple[float, float] | None:
         """Clips and steps. Returns the gradient norm before clipping, over all stages, and the learning rate; None if
         the step was skipped."""
         assert self.optimizer is not None, "checked by train"
         assert self.placed.optimizer is not None, "checked by train"
+        if record is not None:
+            record.stepped(self.stages)
         squares = squared_norm(self.own_parameters()).to(self.device)
         norm, num_bad = losses.agree(squares, self.groups.data if self.stage.is_last else None, self.groups.pipe)
         if num_bad or not math.isfinite(norm):

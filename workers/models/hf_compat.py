@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,15 @@ def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         )
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class, or several of which the first is the usual one
     return found[0] if isinstance(found, tuple | list) else found
+
+
+def own_model(config: PretrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A whole model as transformers itself runs it, in its own attention, with copies of these weights."""
+    config._attn_implementation = "eager"
+    with quiet():
+        model = causal_lm_class(config)(config)
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:

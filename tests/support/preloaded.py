@@ -1,0 +1,196 @@
+"""Services of tests as copies of one process that has imported torch and transformers: 3.5 s of a processor less each.
+
+    test, or `trainmaster run` --command line, environment, folder, standard streams--> preloaded process
+                               <--pid------------------------------------------------- forks --> the service
+
+From `main` on, a copy does what `python -m trainmaster ...` does. It is a child of whoever started it, and has a command
+line and an environment of its own, in /proc too. Unlike in new interpreters, nothing is left to import late, and all
+copies share one seed of hashes. So a few runs start anew (`Workbench.popen`); with TRAINMASTER_TEST_FRESH=1 all do.
+
+A copy that is to start services itself gets a preloaded process of its own, so that they become its children.
+Linux only: elsewhere services start anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import inspect
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+IMPORTS = (
+    "datasets",
+    "networkx",
+    "tensorboardX",
+    "trainmaster.system.launchers.local",
+    "trainmaster.system.master",
+    "trainmaster.system.preflight",
+    "trainmaster.workers.handlers",
+    "trainmaster.workers.service",
+    "transformers.models.qwen3.modeling_qwen3",
+    "tyro",
+)
+ROOM = "-" * 2**16
+"""In the preloaded process's command line and environment, for those of its copies."""
+MAX_BYTES = 2**17
+"""Of a request."""
+_libc = ctypes.CDLL(None)
+
+
+@contextlib.contextmanager
+def preloaded_services() -> Iterator[type[subprocess.Popen[str]]]:
+    """What to start services with in place of `subprocess.Popen`."""
+    if sys.platform != "linux" or os.environ.get("TRAINMASTER_TEST_FRESH"):
+        yield subprocess.Popen
+        return
+    ours, theirs = _pair()
+    process = subprocess.Popen([sys.executable, "-P", __file__, ROOM], stdin=theirs, env=os.environ | {"ROOM": ROOM})
+    theirs.close()
+    yield _popen(ours)
+    ours.close()
+    process.wait()
+
+
+def _popen(preloaded: socket.socket) -> type[subprocess.Popen[Any]]:
+    """`subprocess.Popen`, but services are copies of this process."""
+    lock = threading.Lock()
+
+    class Popen(subprocess.Popen[Any]):
+        def _execute_child(self, args: Any, *rest: Any) -> None:
+            given = inspect.signature(super()._execute_child).bind(args, *rest).arguments
+            if not _is_service(args):
+                super()._execute_child(args, *rest)
+                return
+            request = {
+                "arguments": list(map(os.fspath, args)),
+                "environment": dict(os.environ if given["env"] is None else given["env"]),
+                "folder": os.fspath(given["cwd"] or os.getcwd()),
+                "session": given["start_new_session"],
+            }
+            ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+            with lock, _taking_orphans():
+                streams = [at if end == -1 else end for at, end in enumerate(ends)]
+                socket.send_fds(preloaded, [json.dumps(request).encode()], streams)
+                answer = preloaded.recv(64)
+            assert answer, "the preloaded process ended; its standard error says why"
+            self.pid, self._child_created = int(answer), True
+            pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+            self._close_pipe_fds(*(given[name] for name in pipes))
+
+    return Popen
+
+
+@contextlib.contextmanager
+def _taking_orphans() -> Iterator[None]:
+    """A grandchild whose parent ends becomes our child."""
+    set_child_subreaper = 36
+    _libc.prctl(set_child_subreaper, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _libc.prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+def _is_service(arguments: Any) -> bool:
+    plain = [part for part in arguments[:4] if part != "-P"] if isinstance(arguments, list | tuple) else []
+    return plain[:3] == [sys.executable, "-m", "trainmaster"]
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+# ------------------------------------------------------------------------------------------------ the preloaded process
+
+
+def _main() -> None:
+    connection = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.freeze()
+    _become(*_serve(connection))
+    runpy.run_module("trainmaster", run_name="__main__", alter_sys=True)
+
+
+def _serve(connection: socket.socket) -> tuple[dict[str, Any], list[int], socket.socket | None]:
+    """Forks at each request. Returns in copies only; ends the process with the connection."""
+    while True:
+        body, streams, _, _ = socket.recv_fds(connection, MAX_BYTES, 3)
+        if not body:
+            os._exit(0)
+        request = json.loads(body)
+        told, tells = os.pipe()
+        if (between := os.fork()) == 0:
+            if pid := os.fork():
+                os.write(tells, str(pid).encode())
+                os._exit(0)  # its child is an orphan now
+            _close(told, tells)
+            connection.close()
+            if _command(request)[0] != "run":
+                return request, streams, None
+            ours, connection = _pair()
+            if os.fork():
+                connection.close()
+                return request, streams, ours
+            ours.close()
+            _close(*streams)
+            continue
+        pid = os.read(told, 64)
+        os.waitpid(between, 0)
+        _close(told, tells, *streams)
+        connection.send(pid)
+
+
+def _become(request: dict[str, Any], streams: Sequence[int], preloaded: socket.socket | None) -> None:
+    """What a new interpreter would find."""
+    for at, stream in enumerate(streams):
+        os.dup2(stream, at)
+    _close(*streams)
+    if request["session"]:
+        os.setsid()
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    _show(request["arguments"], [f"{name}={value}" for name, value in request["environment"].items()])
+    sys.argv = ["trainmaster", *_command(request)]
+    if "-P" not in request["arguments"][:2]:
+        sys.path.insert(0, request["folder"])
+    if preloaded is not None:
+        subprocess.Popen = _popen(preloaded)  # type: ignore[misc]
+
+
+def _command(request: dict[str, Any]) -> list[str]:
+    arguments = request["arguments"]
+    return arguments[arguments.index("trainmaster") + 1 :]
+
+
+def _show(arguments: Sequence[str], environment: Sequence[str]) -> None:
+    """Writes both where /proc finds them."""
+    with open("/proc/self/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    places = map(int, fields[45:49])  # arg_start, arg_end, env_start, env_end: proc(5)
+    for texts, start, end in zip((arguments, environment), places, places, strict=True):
+        written = b"".join(os.fsencode(text) + b"\0" for text in texts)
+        assert len(written) <= end - start, "more than there is room for"
+        ctypes.memmove(start, written.ljust(end - start, b"\0"), end - start)
+
+
+def _close(*ends: int) -> None:
+    for end in ends:
+        os.close(end)
+
+
+if __name__ == "__main__":
+    _main()

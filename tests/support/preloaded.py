@@ -3,9 +3,9 @@
     test, or `trainmaster run` --command line, environment, folder, standard streams--> preloaded process
                                <--pid------------------------------------------------- forks --> the service
 
-From `main` on, a copy does what `python -m trainmaster ...` does. It is a child of whoever started it, and has a command
-line and an environment of its own, in /proc too. Unlike in new interpreters, nothing is left to import late, and all
-copies share one seed of hashes. So a few runs start anew (`Workbench.popen`); with TRAINMASTER_TEST_FRESH=1 all do.
+From `main` on, a copy does what `python -m trainmaster ...` does. It is a child of whoever started it, and has its own
+command line and environment, in /proc too. Unlike in a new interpreter, nothing is left to import late, and all copies
+share one seed of hashes. So some runs are to start anew: those with TRAINMASTER_TEST_FRESH in their environment.
 
 A copy that is to start services itself gets a preloaded process of its own, so that they become its children.
 Linux only: elsewhere services start anew.
@@ -40,6 +40,7 @@ IMPORTS = (
     "transformers.models.qwen3.modeling_qwen3",
     "tyro",
 )
+FRESH = "TRAINMASTER_TEST_FRESH"
 ROOM = "-" * 2**16
 """In the preloaded process's command line and environment, for those of its copies."""
 MAX_BYTES = 2**17
@@ -50,7 +51,7 @@ _libc = ctypes.CDLL(None)
 @contextlib.contextmanager
 def preloaded_services() -> Iterator[type[subprocess.Popen[str]]]:
     """What to start services with in place of `subprocess.Popen`."""
-    if sys.platform != "linux" or os.environ.get("TRAINMASTER_TEST_FRESH"):
+    if sys.platform != "linux" or FRESH in os.environ:
         yield subprocess.Popen
         return
     ours, theirs = _pair()
@@ -68,12 +69,13 @@ def _popen(preloaded: socket.socket) -> type[subprocess.Popen[Any]]:
     class Popen(subprocess.Popen[Any]):
         def _execute_child(self, args: Any, *rest: Any) -> None:
             given = inspect.signature(super()._execute_child).bind(args, *rest).arguments
-            if not _is_service(args):
+            environment = dict(os.environ if given["env"] is None else given["env"])
+            if not _is_service(args) or FRESH in environment:
                 super()._execute_child(args, *rest)
                 return
             request = {
                 "arguments": list(map(os.fspath, args)),
-                "environment": dict(os.environ if given["env"] is None else given["env"]),
+                "environment": environment,
                 "folder": os.fspath(given["cwd"] or os.getcwd()),
                 "session": given["start_new_session"],
             }

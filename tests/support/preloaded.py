@@ -1,14 +1,14 @@
-"""Services of tests as copies of one process that has imported torch and transformers: 3.5 s of a processor less each.
+"""Processes of tests as copies of one that has imported torch and transformers: 3.5 s of a processor less each.
 
     test, or `trainmaster run` --command line, environment, folder, standard streams--> preloaded process
-                               <--pid------------------------------------------------- forks --> the service
+                               <--pid------------------------------------------------- forks --> the copy
 
 From `main` on, a copy does what `python -m trainmaster ...` does. It is a child of whoever started it, and has its own
 command line and environment, in /proc too. Unlike in a new interpreter, nothing is left to import late, and all copies
 share one seed of hashes. So some runs are to start anew: those with TRAINMASTER_TEST_FRESH in their environment.
 
-A copy that is to start services itself gets a preloaded process of its own, so that they become its children.
-Linux only: elsewhere services start anew.
+A `trainmaster run` gets a preloaded process of its own, so that what it starts becomes its child.
+Linux only: elsewhere all start anew.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 IMPORTS = (
@@ -49,28 +51,36 @@ _libc = ctypes.CDLL(None)
 
 
 @contextlib.contextmanager
-def preloaded_services() -> Iterator[type[subprocess.Popen[str]]]:
-    """What to start services with in place of `subprocess.Popen`."""
+def preloaded_process() -> Iterator[type[subprocess.Popen[str]]]:
+    """What to start processes with in place of `subprocess.Popen`."""
     if sys.platform != "linux" or FRESH in os.environ:
         yield subprocess.Popen
         return
     ours, theirs = _pair()
     process = subprocess.Popen([sys.executable, "-P", __file__, ROOM], stdin=theirs, env=os.environ | {"ROOM": ROOM})
     theirs.close()
+    assert ours.recv(1), "the preloaded process ended; its standard error says why"  # tests measure time: not this
     yield _popen(ours)
     ours.close()
     process.wait()
 
 
+def forking() -> BaseContext:
+    """For pools of processes: each is a copy, too, though of another process."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["trainmaster.workers.handlers"])
+    return context
+
+
 def _popen(preloaded: socket.socket) -> type[subprocess.Popen[Any]]:
-    """`subprocess.Popen`, but services are copies of this process."""
+    """`subprocess.Popen`, but with copies where they will do."""
     lock = threading.Lock()
 
     class Popen(subprocess.Popen[Any]):
         def _execute_child(self, args: Any, *rest: Any) -> None:
             given = inspect.signature(super()._execute_child).bind(args, *rest).arguments
             environment = dict(os.environ if given["env"] is None else given["env"])
-            if not _is_service(args) or FRESH in environment:
+            if not _is_ours(args) or FRESH in environment:
                 super()._execute_child(args, *rest)
                 return
             request = {
@@ -103,9 +113,16 @@ def _taking_orphans() -> Iterator[None]:
         _libc.prctl(set_child_subreaper, 0, 0, 0, 0)
 
 
-def _is_service(arguments: Any) -> bool:
-    plain = [part for part in arguments[:4] if part != "-P"] if isinstance(arguments, list | tuple) else []
-    return plain[:3] == [sys.executable, "-m", "trainmaster"]
+def _is_ours(command: Any) -> bool:
+    """Whether a copy can do it: `python [-P] -m trainmaster ...` or `python FILE ...`."""
+    if not isinstance(command, list | tuple) or command[0] != sys.executable:
+        return False
+    first, second, *_ = [*_without_options(command), "", ""]
+    return first.endswith(".py") or (first, second) == ("-m", "trainmaster")
+
+
+def _without_options(command: Sequence[str]) -> list[str]:
+    return list(command[2:] if command[1] == "-P" else command[1:])
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
@@ -119,11 +136,28 @@ def _main() -> None:
     connection = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
+    gc.disable()
     for name in IMPORTS:
         importlib.import_module(name)
     gc.freeze()
-    _become(*_serve(connection))
-    runpy.run_module("trainmaster", run_name="__main__", alter_sys=True)
+    gc.enable()
+    connection.send(b"1")
+    request, streams, preloaded = _serve(connection)
+    _become(request, streams, preloaded)
+    first, *rest = _without_options(request["arguments"])
+    if first == "-m":
+        name, *sys.argv[1:] = rest
+        _import_from(request["folder"], request)
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *rest]
+        _import_from(os.path.dirname(os.path.abspath(first)), request)
+        runpy.run_path(first, run_name="__main__")
+
+
+def _import_from(folder: str, request: dict[str, Any]) -> None:
+    if "-P" not in request["arguments"][:2]:
+        sys.path.insert(0, folder)
 
 
 def _serve(connection: socket.socket) -> tuple[dict[str, Any], list[int], socket.socket | None]:
@@ -140,7 +174,7 @@ def _serve(connection: socket.socket) -> tuple[dict[str, Any], list[int], socket
                 os._exit(0)  # its child is an orphan now
             _close(told, tells)
             connection.close()
-            if _command(request)[0] != "run":
+            if _without_options(request["arguments"])[:3] != ["-m", "trainmaster", "run"]:
                 return request, streams, None
             ours, connection = _pair()
             if os.fork():
@@ -166,16 +200,8 @@ def _become(request: dict[str, Any], streams: Sequence[int], preloaded: socket.s
     os.environ.clear()
     os.environ.update(request["environment"])
     _show(request["arguments"], [f"{name}={value}" for name, value in request["environment"].items()])
-    sys.argv = ["trainmaster", *_command(request)]
-    if "-P" not in request["arguments"][:2]:
-        sys.path.insert(0, request["folder"])
     if preloaded is not None:
         subprocess.Popen = _popen(preloaded)  # type: ignore[misc]
-
-
-def _command(request: dict[str, Any]) -> list[str]:
-    arguments = request["arguments"]
-    return arguments[arguments.index("trainmaster") + 1 :]
 
 
 def _show(arguments: Sequence[str], environment: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ class Workbench:
 
     folder: Path
     popen: type[subprocess.Popen[str]] = subprocess.Popen
-    """Starts services: anew, or as copies (see `preloaded`)."""
+    """Starts services: see `preloaded`."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 

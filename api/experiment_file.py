@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -119,10 +121,13 @@ def _digest(file: Path, module: ModuleType) -> str:
     folder = file.resolve().parent
     below = [Path(root).resolve() for root in (Path(__file__).parents[1], sys.prefix, sys.base_prefix)]
     below = [root for root in below if root.is_relative_to(folder)]
+    is_below = cache(lambda name: Path(name).resolve().is_relative_to(folder))  # modules are thousands, folders few
     paths = {file.resolve()}
     for other in list(sys.modules.values()):
         origin = getattr(other, "__file__", None)
-        if other is module or origin is None or not Path(origin).is_absolute():  # torch makes up relative ones
+        if other is module or origin is None or not os.path.isabs(origin):  # torch makes up relative ones
+            continue
+        if not is_below(os.path.dirname(origin)) and not os.path.islink(origin):
             continue
         path = Path(origin).resolve()
         installed = "site-packages" in path.parts or any(path.is_relative_to(root) for root in below)

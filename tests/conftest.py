@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from preloaded import preloaded_process
 from workbench import Workbench, write_tiny_folder
 
 settings.register_profile("busy", deadline=None)  # the machine is shared: one slow example says nothing
@@ -23,11 +25,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def popen() -> Iterator[type[subprocess.Popen[str]]]:
+    """Like `subprocess.Popen`, but faster: see `preloaded`."""
+    with preloaded_process() as found:
+        yield found
+
+
 @pytest.fixture
-def workbench(tiny_folder: Path, tmp_path: Path) -> Iterator[Workbench]:
+def workbench(tiny_folder: Path, tmp_path: Path, popen: type[subprocess.Popen[str]]) -> Iterator[Workbench]:
     folder = tmp_path / "bench"
     shutil.copytree(tiny_folder, folder)
-    bench = Workbench(folder)
+    bench = Workbench(folder, popen)
     yield bench
     for process in bench.started:
         if process.poll() is None:

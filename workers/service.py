@@ -11,6 +11,7 @@ than its deadline ends the process (see `alarm`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import platform
@@ -91,8 +92,11 @@ def _serve(file: ExperimentFile, register: Register, client: Client, latest: Lat
 
     client.on_tick = report
     notify("READY=1")  # it looks for its master; the rest is up to that
+    gc.disable()  # to look through what the imports make, again and again, takes a quarter of their time
     from .handlers import Handlers  # torch and transformers, which take seconds: while the others register
 
+    gc.freeze()
+    gc.enable()
     welcome = client.welcome(file.experiment.run.deadlines.register_s)
     log = Path(welcome.log_directory) / f"worker-{welcome.rank}.log"
     log_to_file(log, welcome.run, as_json=welcome.log_json)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -62,9 +64,9 @@ class SecureStage(Stage):
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[SecureStage]:
+def stage(tmp_path: Path, popen: type[subprocess.Popen[Any]]) -> Iterator[SecureStage]:
     make_keys(tmp_path / "keys", 2)
-    with SecureStage(tmp_path, "INFO", keys=tmp_path / "keys") as made:
+    with SecureStage(tmp_path, popen, "INFO", keys=tmp_path / "keys") as made:
         yield made
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from typing import Any  # what JSON holds
@@ -16,14 +15,9 @@ LAYOUT = ("--model.layout.pp", "2")
 
 
 def call(workbench: Workbench, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trainmaster", *arguments],
-        cwd=workbench.folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    process = workbench.start(*arguments)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def status(workbench: Workbench) -> dict[str, Any]:

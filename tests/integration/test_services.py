@@ -9,6 +9,9 @@ import time
 import pytest
 from workbench import Workbench
 
+FRESH = {"TRAINMASTER_TEST_FRESH": "1"}
+"""New interpreters: see `preloaded`."""
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -20,17 +23,16 @@ def test_services_started_apart_equal_one_command(workbench: Workbench) -> None:
     done = workbench.run("--run.name", "together", "--model.layout.pp", "2")
     assert done.returncode == 0, done.stderr
     address = f"tcp://127.0.0.1:{free_port()}"
-    early = workbench.start("worker", str(workbench.file), "--master", address)  # before there is a master
-    master = workbench.start(
-        "master", str(workbench.file), "--bind", address, "--run.name", "apart", "--model.layout.pp", "2"
-    )
+    early = workbench.start("worker", str(workbench.file), "--master", address, **FRESH)  # before there is a master
+    overrides = ("--run.name", "apart", "--model.layout.pp", "2")
+    master = workbench.start("master", str(workbench.file), "--bind", address, *overrides, **FRESH)
     other = workbench.folder / "other.py"
     other.write_text(workbench.file.read_text() + "\n# edited\n")
     stranger = workbench.start("worker", str(other), "--master", address)
     _, refused = stranger.communicate(timeout=60)
     assert stranger.returncode == 2
     assert "differs from the master's" in refused
-    late = workbench.start("worker", str(workbench.file), "--master", address)
+    late = workbench.start("worker", str(workbench.file), "--master", address, **FRESH)
     for process in (master, early, late):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err

@@ -14,10 +14,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 
 import numpy as np
 import torch
+from preloaded import forking
 from torch import Tensor
 from trainmaster.api.batch import KeyColumn, Samples
 from trainmaster.system.rpc.parcels import Parcel, Redistribute, StepKind
@@ -159,10 +159,8 @@ def run_in_processes(
     parts: Sequence[Sequence[Redistribute]], held: Sequence[Sequence[tuple[str, str]]]
 ) -> list[list[Held]]:
     """Several redistributions, one after the other: what each worker has received after each, and then releases."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "trainmaster.workers.data.transfer"])  # once for all, not in each
     meeting, port = host_store(ADDRESS)  # lives until all are done
-    with ProcessPoolExecutor(NUM_WORKERS, mp_context=context) as pool:
+    with ProcessPoolExecutor(NUM_WORKERS, mp_context=forking()) as pool:
         futures: list[Future[list[Held]]] = [
             pool.submit(_process, rank, port, [each[rank] for each in parts], held[rank]) for rank in range(NUM_WORKERS)
         ]

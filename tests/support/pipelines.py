@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy
 import torch
+from preloaded import forking
 from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.sft import SFT
@@ -187,7 +187,7 @@ def _train(rank: int, port: int, case: Case) -> Outcome:
 
 @contextmanager
 def processes() -> Iterator[Pool]:
-    with ProcessPoolExecutor(NUM_WORKERS, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(NUM_WORKERS, mp_context=forking()) as pool:
         yield Pool(pool)
 
 

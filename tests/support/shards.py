@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from preloaded import forking
 from trainmaster.api.algorithms import KLEstimator, LossNormalisation, PolicyLoss
 from trainmaster.api.balance import plan_microbatches
 from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
@@ -237,7 +237,7 @@ class TwoProcesses:
 
 @contextmanager
 def two_processes() -> Iterator[TwoProcesses]:
-    with ProcessPoolExecutor(NUM_WORKERS, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(NUM_WORKERS, mp_context=forking()) as pool:
         yield TwoProcesses(pool)
 
 

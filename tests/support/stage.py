@@ -61,6 +61,8 @@ class Stage:
     """The processes and sockets of one test. A context manager, which ends them."""
 
     folder: Path
+    popen: type[subprocess.Popen[Any]]
+    """Starts the processes: see `preloaded`."""
     log_level: str = "WARNING"
     """From which on servers log."""
     actors: list[Actor] = field(default_factory=list)
@@ -115,7 +117,7 @@ class Stage:
     def _start(self, *arguments: str) -> Actor:
         log = self.folder / f"actor-{len(self.actors)}.err"
         with log.open("wb") as sink:
-            process = subprocess.Popen(
+            process = self.popen(
                 [sys.executable, actors.__file__, *arguments],
                 bufsize=0,
                 stdin=subprocess.PIPE,

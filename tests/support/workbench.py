@@ -78,6 +78,8 @@ class Workbench:
     """A private copy of the tiny folder, and the processes that a test starts in it."""
 
     folder: Path
+    popen: type[subprocess.Popen[str]] = subprocess.Popen
+    """Starts services: see `preloaded`."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
@@ -86,7 +88,7 @@ class Workbench:
         return self.folder / "experiment.py"
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+        process = self.popen(
             [sys.executable, "-m", "trainmaster", *arguments],
             cwd=self.folder,
             env=os.environ | {"TRAINMASTER_TEST": self.mark} | environment,

@@ -65,11 +65,12 @@ def show(request: Request) -> None:
 
 
 def show_measured(run: str, step: int, out: Path | None) -> None:
-    """A step's timeline beside what its schedule predicts with the same mean times. Raises ConfigError without one."""
+    """A step's timeline, and what its schedule predicts with the same mean times. Raises ConfigError without one."""
     directory = Path(run) if Path(run).is_dir() else Path("runs") / run
     measured = read(directory, step)
     planned, times = measured.planned, mean_times(measured)
-    got, wanted = figures(measured.timeline), figures(simulate(planned.program, times))
+    predicted = simulate(planned.program, times)
+    got, wanted = figures(measured.timeline), figures(predicted)
     title = f"{directory.name}, step {step}: {planned.model}, {planned.kind}, {_size(planned)}"
     table = _columns(
         ("", "measured", "predicted"),
@@ -86,9 +87,13 @@ def show_measured(run: str, step: int, out: Path | None) -> None:
     console.print(table)
     console.print(Text(note, style="dim"))
     if out is not None:
-        told = f"makespan {1e3 * got.makespan:.1f} ms, a bubble of {got.bubble:.1%}; predicted {wanted.bubble:.1%}"
-        out.write_text(draw(measured.timeline, title, [told]), encoding="utf-8")
+        timelines = {_heading("measured", got): measured.timeline, _heading("predicted", wanted): predicted}
+        out.write_text(draw(timelines, title, [note]), encoding="utf-8")
         console.print(Text(f"drew {out}"))
+
+
+def _heading(name: str, found: Figures) -> str:
+    return f"{name}: {1e3 * found.makespan:.1f} ms, a bubble of {found.bubble:.1%}"
 
 
 def _size(planned: Planned) -> str:
@@ -120,7 +125,7 @@ def picture(request: Request) -> str:
     told = f"makespan {found.makespan:g}, idle {found.idle:g}: a bubble of {found.bubble:.1%}"
     held = f"peak of live activations by rank: {_listed(each.activations for each in peaks(planned.program))}"
     unit = " (in chunks)" if planned.num_chunks > 1 else ""
-    return draw(simulate(planned.program, planned.times), _title(planned, request.recompute), [told, held + unit])
+    return draw({"": simulate(planned.program, planned.times)}, _title(planned, request.recompute), [told, held + unit])
 
 
 def _plan(request: Request) -> _Planned:

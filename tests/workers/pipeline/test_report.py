@@ -152,7 +152,7 @@ def test_the_picture_is_the_timeline(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_later_chunks_are_paler():
-    picture = ElementTree.fromstring(draw(simulate(schedule(Kind.INTERLEAVED, 2, 2, 3), Times()), "three"))
+    picture = ElementTree.fromstring(draw({"": simulate(schedule(Kind.INTERLEAVED, 2, 2, 3), Times())}, "three"))
     assert {box.get("fill-opacity") for row in boxes(picture) for box in row} == {None, "0.675", "0.35"}
     assert "paler: later chunks" in [text.text for text in picture.iter(f"{SVG}text")]
 
@@ -160,10 +160,26 @@ def test_later_chunks_are_paler():
 def test_a_measured_timeline_is_drawn_from_its_own_beginning():
     """Seconds of a clock, one instruction far shorter than the rest."""
     spans = [Span(Instruction(Op.FORWARD, 0, at), 1e6 + at, 1e6 + at + (1e-6 if at == 5 else 0.9)) for at in range(20)]
-    picture = ElementTree.fromstring(draw(Timeline((tuple(spans),)), "measured"))
+    picture = ElementTree.fromstring(draw({"": Timeline((tuple(spans),))}, "measured"))
     (row,) = boxes(picture)
     assert float(row[0].get("x")) == 64
     assert float(picture.get("width")) < 1000
+
+
+def test_a_prediction_stands_below_what_was_measured_to_the_same_scale():
+    """Each from its own beginning."""
+    (one,), (other,) = (
+        (tuple(Span(Instruction(Op.FORWARD, 0, at), start + at, start + at + 0.5) for at in range(count)),)
+        for start, count in ((1e6, 3), (0, 5))
+    )
+    picture = ElementTree.fromstring(draw({"measured": Timeline((one,)), "predicted": Timeline((other,))}, "both"))
+    first, second = boxes(picture)
+    assert [len(first), len(second)] == [3, 5]
+    assert [float(each.get("x")) for each in first] == [float(each.get("x")) for each in second[:3]]
+    assert {each.get("y") for each in first}.isdisjoint({each.get("y") for each in second})
+    words = [text.text for text in picture.iter(f"{SVG}text")]
+    assert words.index("measured") < words.index("predicted")
+    assert float(picture.get("width")) >= float(second[-1].get("x")) + float(second[-1].get("width"))
 
 
 def pictures() -> dict[str, str]:

@@ -284,7 +284,9 @@ def test_generation_with_anything_missing_or_twice_is_refused(p: int, trips: lis
 # -- speed ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "v"), [(Kind.ONE_F_ONE_B, 1), (Kind.ZB_H1, 1), (Kind.INTERLEAVED, 2)])
+@pytest.mark.parametrize(
+    ("kind", "v"), [(Kind.GPIPE, 1), (Kind.ONE_F_ONE_B, 1), (Kind.ZB_H1, 1), (Kind.INTERLEAVED, 4), (Kind.FORWARD, 4)]
+)
 def test_a_large_program_is_verified_in_no_time(kind: Kind, v: int):
     """Under 50 ms on a machine that is free; here ten times that, as tests share theirs."""
     program = lowered(schedule(kind, 8, 64, v))

@@ -89,24 +89,25 @@ def _is_shown(span: Span) -> bool:
     return span.instruction.op not in COMMUNICATION and span.end > span.start
 
 
-def _overlap(one: Span, other: Span) -> bool:
-    return other.start < one.end
+def _run_at_once(one: Span, other: Span) -> bool:
+    """Neighbours that are co-issued, and not one after the other, as a rank may run them."""
+    return one.instruction.is_with_next and other.start < one.end
 
 
 def _row(group: ElementTree.Element, spans: Sequence[Span], top: float, begin: float, scale: float) -> None:
     stages = sorted({span.instruction.stage for span in spans if span.instruction.stage is not None})
     shown = list(filter(_is_shown, spans))
-    upper = {at for at, (one, other) in enumerate(pairwise(shown)) if one.instruction.is_with_next and _overlap(one, other)}
+    lower = {at for at, (one, other) in enumerate(pairwise(shown), 1) if _run_at_once(one, other)}
     for at, span in enumerate(shown):
-        is_half = at in upper or at - 1 in upper
-        y, height = (top + _ROW / 2, _ROW / 2) if at - 1 in upper else (top, _ROW / 2 if is_half else _ROW)
+        height = _ROW / 2 if at in lower or at + 1 in lower else _ROW
+        y = top + _ROW / 2 if at in lower else top
         each, x, width = span.instruction, _LEFT + (span.start - begin) * scale, (span.end - span.start) * scale
         chunk = 0 if each.stage is None else stages.index(each.stage)
         paleness = {} if chunk == 0 else {"fill-opacity": 1 - (1 - _PALEST) * chunk / (len(stages) - 1)}
         box = _add(group, "rect", x=x, y=y, width=width, height=height, **{"class": each.op.value}, **paleness)
         ElementTree.SubElement(box, "title").text = f"{each}: {span.start:g} to {span.end:g}"
         if each.microbatch is not None and width > _DIGIT * len(str(each.microbatch)):
-            _text(group, str(each.microbatch), x + width / 2, y + (height * 0.83 if is_half else height * 0.66))
+            _text(group, str(each.microbatch), x + width / 2, y + (height + 0.32 * _ROW) / 2)
 
 
 def _legend(root: ElementTree.Element, ops: Sequence[Op], has_chunks: bool, top: float) -> None:

@@ -1,4 +1,4 @@
-"""Generation by stages in threads of this process, joined by real groups over an in-memory backend.
+"""Generation by pipeline ranks in threads of this process, joined by real groups over an in-memory backend.
 
 The backend checks what is exchanged; `Whole` is what transformers' own `generate` makes of the same prompts.
 """
@@ -107,30 +107,32 @@ def pipe_over(channels: Channels, rank: int, size: int) -> Group:
     return Group("pipe", tuple(range(size)), rank, Backend(channels, rank), DEADLINE)
 
 
-def run(stages, microbatches, sampling, stop_ids=(), seed=0, channels=None, home=None, limits=None):
-    """Responses of the last stage; the others must give none, and leave no message."""
-    if len(stages) == 1:
-        return generate(stages[0], None, microbatches, sampling, stop_ids, seed, CPU, None, limits)
+def run(stages, microbatches, sampling, stop_ids=(), seed=0, channels=None, home=None, limits=None, num_chunks=1):
+    """Responses of the last rank; the others must give none, and leave no message. A rank has `num_chunks` stages."""
+    num_ranks = len(stages) // num_chunks
+    if num_ranks == 1:
+        return generate(stages, None, microbatches, sampling, stop_ids, seed, CPU, None, limits)
     channels = channels or Channels()
 
-    def on(stage):
-        pipe = pipe_over(channels, stage.index, len(stages))
-        way_home = None if home is None else pipe_over(home, stage.index, len(stages))
-        return generate(stage, pipe, microbatches, sampling, stop_ids, seed, CPU, way_home, limits)
+    def on(rank):
+        pipe = pipe_over(channels, rank, num_ranks)
+        way_home = None if home is None else pipe_over(home, rank, num_ranks)
+        own = stages[rank::num_ranks]
+        return generate(own, pipe, microbatches, sampling, stop_ids, seed, CPU, way_home, limits)
 
-    with ThreadPoolExecutor(len(stages)) as threads:
-        results = list(threads.map(on, stages))
-    assert results[:-1] == [None] * (len(stages) - 1)
+    with ThreadPoolExecutor(num_ranks) as threads:
+        results = list(threads.map(on, range(num_ranks)))
+    assert results[:-1] == [None] * (num_ranks - 1)
     for each in (channels, home) if home else (channels,):
-        check_messages(each, len(stages))
+        check_messages(each, num_ranks)
     return results[-1]
 
 
-def check_messages(channels, num_stages):
+def check_messages(channels, num_ranks):
     """All that was sent was received, and for each pair in order, tags apart (which some backends do not know)."""
     assert all(each.empty() for each in channels.queues.values())
-    for source in range(num_stages):
-        for target in range(num_stages):
+    for source in range(num_ranks):
+        for target in range(num_ranks):
             sent = [tag for what, peer, tag in channels.log.get(source, []) if (what, peer) == ("send", target)]
             received = [tag for what, peer, tag in channels.log.get(target, []) if (what, peer) == ("receive", source)]
             assert sent == received

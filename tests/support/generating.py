@@ -12,6 +12,7 @@ from datetime import timedelta
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import architectures
 import torch
 from trainmaster.api.sampling import Sampling
 from trainmaster.workers.models import hf_compat
@@ -22,28 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 DEADLINE = timedelta(seconds=30)
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "intermediate_size": 48,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-CONFIGS = {
-    "qwen3": {**COMMON, "head_dim": 8, "tie_word_embeddings": True},
-    "llama": {**COMMON, "num_hidden_layers": 3},
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64}
-    | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
-    "gemma2": {**COMMON, "head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0},
-    "deepseek_v3": {**COMMON, **LATENT, **EXPERTS, "num_key_value_heads": 4, "first_k_dense_replace": 1},
-}
+ENDLESS = {"bos_token_id": None, "eos_token_id": None}
+CONFIGS = {name: architectures.CONFIGS[name] | ENDLESS for name in ("qwen3", "llama", "gpt2", "gemma2", "deepseek_v3")}
 MAX_NEW_TOKENS = 9
 LENGTHS = (5, 11, 1, 7, 3, 5, 9)  # of prompts
 SPLITS = {1: (7,), 2: (3, 4), 5: (1, 2, 1, 2, 1)}  # sizes of microbatches, by their number

@@ -5,11 +5,11 @@
     responses   what is drawn, on the last stage
     here        caches, passes, messages
 
-Invariants: no row of an ended sequence is computed; a message's tag is unique to its microbatch and kind (of which there
-is one under way between two ranks); tokens depend
-on weights, seed, sequence and position, not on who shares a pass, joins or waits, nor on where a round ended. (What a
-pass computes for a row may differ in its last bits with the number of rows, as kernels choose their order of sums by
-it; a draw differs only where its uniform number lies in such a gap.)
+Invariants: no row of an ended sequence is computed; a message's tag is unique to its microbatch and kind, of which one
+at a time is under way between two ranks; tokens depend on weights, seed, sequence and position, not on who shares a
+pass, joins or waits, nor on where a round ended. (What a pass computes for a row may differ in its last bits with the
+number of rows, as kernels choose their order of sums by it; a draw differs only where its uniform number lies in such a
+gap.)
 
 Does not: cut prompts into microbatches, or know of tokenizers.
 

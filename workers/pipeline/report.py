@@ -1,4 +1,6 @@
-"""`trainmaster schedule`: a schedule's program, verified; its figures beside the formulas; its picture. Torch-free."""
+"""`trainmaster schedule`: a schedule's program, verified; its figures beside the formulas; its picture. And a line of
+them for `trainmaster graph` and the master's log. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...api.config import Layout
 from ...api.errors import ConfigError
 from .drawing import draw
 from .formulas import Formulas, formulas
 from .instructions import Program
-from .lowering import lowered
+from .lowering import lowered, training_program
 from .measured import Planned, mean_times, read
 from .schedules import Kind, schedule
 from .simulate import Figures, Times, figures, peaks, simulate
 
 _MOST = 100_000
 """Forwards of a program: more would take minutes to lay out."""
+_MOST_IN_PASSING = 2_000
+"""The same where nobody asked for it: about a second."""
 _UNCUT = 10_000
 """Columns where no terminal has a say."""
 
@@ -94,6 +99,20 @@ def show_measured(run: str, step: int, out: Path | None) -> None:
 
 def _heading(name: str, found: Figures) -> str:
     return f"{name}: {1e3 * found.makespan:.1f} ms, a bubble of {found.bubble:.1%}"
+
+
+def foretell(layout: Layout, num_microbatches: int) -> str:
+    """A line on how well a training of so many microbatches fills the pipeline of a layout, and what it holds.
+
+    Empty where there is no pipeline, or where finding out would take long.
+    """
+    if layout.pp == 1 or layout.num_stages * num_microbatches > _MOST_IN_PASSING:
+        return ""
+    program = training_program(layout.pp, num_microbatches, Kind(layout.schedule), layout.chunks, layout.recompute)
+    bubble, held = figures(simulate(program, Times())).bubble, peaks(program)
+    what = "chunks" if layout.chunks > 1 else "microbatches"
+    told = f"a bubble of {bubble:.1%}, at most {_listed(each.activations for each in held)} {what} live, by rank"
+    return told + (f", and inputs of {_listed(each.inputs for each in held)}" if layout.recompute else "")
 
 
 def _size(planned: Planned) -> str:

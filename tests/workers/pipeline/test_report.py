@@ -9,9 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 from trainmaster.__main__ import main
+from trainmaster.api.config import Layout
 from trainmaster.workers.pipeline.drawing import draw
 from trainmaster.workers.pipeline.instructions import Instruction, Op
 from trainmaster.workers.pipeline.lowering import lowered
+from trainmaster.workers.pipeline.report import foretell
 from trainmaster.workers.pipeline.schedules import Kind, schedule
 from trainmaster.workers.pipeline.simulate import Span, Timeline, Times, simulate
 
@@ -113,6 +115,16 @@ def test_bad_input_is_one_clear_error(changed: dict[str, str | None], error: str
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]):
     assert run("--kind", "1f1b", "--stages", "4", "--microbatches", "8", "--model.layout.pp", "2") == 2
     assert "unrecognized arguments: --model.layout.pp 2" in capsys.readouterr().err
+
+
+def test_a_layout_is_foretold_in_a_line():
+    assert foretell(Layout(pp=4), 8) == "a bubble of 27.3%, at most 4 3 2 1 microbatches live, by rank"
+    chunks = Layout(pp=4, schedule="interleaved", chunks=2)
+    assert foretell(chunks, 8) == "a bubble of 15.8%, at most 11 9 7 5 chunks live, by rank"
+    again = foretell(Layout(pp=2, schedule="gpipe", recompute=True), 4)
+    assert again.endswith("at most 1 1 microbatches live, by rank, and inputs of 4 4")
+    assert foretell(Layout(), 8) == ""
+    assert foretell(Layout(pp=8), 10_000) == "", "it would take long"
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

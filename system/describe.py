@@ -33,9 +33,9 @@ def describe(compiled: CompiledExperiment, foretell: Foretell | None = None) -> 
         )
     for fed in compiled.graphs.values():
         lines += _graph_lines(fed.graph, str(fed.dataset.path))
-    for call in compiled.training.graph.model_calls if foretell is not None else ():
+    for call in compiled.training.graph.model_calls:
         layout, count = compiled.models[call.model].model.layout, call.microbatching.min_count
-        if call.kind is CallKind.TRAIN_STEP and (told := foretell(layout, count)):
+        if foretell is not None and call.kind is CallKind.TRAIN_STEP and (told := foretell(layout, count)):
             lines.append(f"{call.name} on {call.model} in {count} microbatches, the fewest: {told}")
     return "\n".join(lines)
 

@@ -15,7 +15,8 @@ from .instructions import Instruction, Op, Program, chained
 
 
 class Kind(StrEnum):
-    """Of schedules."""
+    """What `schedule` makes: each `api.config.Schedule`, by the same value, and FORWARD, which nobody chooses in a layout:
+    inference has it with every schedule."""
 
     GPIPE = "gpipe"
     ONE_F_ONE_B = "1f1b"

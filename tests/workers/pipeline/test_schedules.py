@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trainmaster.api.config import Schedule
 from trainmaster.workers.pipeline.formulas import formulas
 from trainmaster.workers.pipeline.instructions import Instruction, Op, Program
 from trainmaster.workers.pipeline.schedules import (
@@ -73,6 +74,10 @@ def test_no_schedule_holds_more_activations_than_its_formula_says(p: int, m: int
                 assert all(one <= other for one, other in zip(found, said, strict=True))
             else:
                 assert found == said
+
+
+def test_there_is_a_kind_for_each_schedule_of_a_layout():
+    assert set(map(str, Kind)) == {*map(str, Schedule), "forward"}
 
 
 @pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in SIZES if m % p and m > p])

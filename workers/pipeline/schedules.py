@@ -15,7 +15,7 @@ from .instructions import Instruction, Op, Program, chained
 
 
 class Kind(StrEnum):
-    """What `schedule` makes: each `api.config.Schedule`, by the same value, and FORWARD, which nobody chooses in a layout:
+    """What `schedule` makes: each `api.config.Schedule`, by its value, and FORWARD, which is no choice of a layout, for
     inference has it with every schedule."""
 
     GPIPE = "gpipe"

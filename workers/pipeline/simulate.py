@@ -114,9 +114,10 @@ def _costs(instructions: Sequence[Instruction], times: Times, share: float) -> l
     costs = [by_op[each.op] for each in instructions]
     for position, each in enumerate(instructions):
         if each.is_with_next:
-            is_timed = {each.op, instructions[position + 1].op} == {Op.FORWARD, Op.BACKWARD} and times.pair is not None
             both = costs[position] + costs[position + 1]
-            costs[position : position + 2] = (times.pair * share if is_timed else both), 0.0
+            if times.pair is not None and {each.op, instructions[position + 1].op} == {Op.FORWARD, Op.BACKWARD}:
+                both = times.pair * share
+            costs[position : position + 2] = both, 0.0
     return costs
 
 

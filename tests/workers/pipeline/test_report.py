@@ -64,6 +64,13 @@ def test_the_figures_of_interleaving(capsys: pytest.CaptureFixture[str]):
     assert rows["live activations at most in chunks, by rank"] == ["11 9 7 5", "11 9 7 5"]
 
 
+def test_the_docs_show_what_is_printed_now(capsys: pytest.CaptureFixture[str]):
+    arguments = ["--kind", "interleaved", "--stages", "4", "--microbatches", "8", "--chunks", "2", "--times", "5,6,4"]
+    assert run(*arguments) == 0
+    printed = "".join(f"    {line.rstrip()}\n" for line in capsys.readouterr().out.splitlines())
+    assert printed in (DOCS / "pipelines.md").read_text(encoding="utf-8")
+
+
 def test_where_a_formula_does_not_hold_it_says_so(capsys: pytest.CaptureFixture[str]):
     assert run("--kind", "interleaved", "--stages", "4", "--microbatches", "6", "--comm", "0.5") == 0
     out = capsys.readouterr().out

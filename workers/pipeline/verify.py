@@ -83,9 +83,10 @@ def _check_topology(program: Program) -> None:
 def _check_places(program: Program, keys: Sequence[Key], rank: int) -> None:
     """Each names what its op needs, and that is at home on this rank."""
     edges, count = program.topology.edges, program.num_microbatches
-    fitting: dict[tuple[Op, int | None, int], bool] = {}
+    fitting: dict[tuple[Op, int | None, int, bool], bool] = {}
     for each, (op, where, microbatch, trip) in zip(program.ranks[rank], keys, strict=True):
-        named = op, each.stage, where
+        edge = each.edge
+        named = op, each.stage, where, edge is None
         fits = fitting.get(named)
         if fits is None:
             fits = fitting[named] = _fits(program.topology, each, rank)
@@ -93,7 +94,6 @@ def _check_places(program: Program, keys: Sequence[Key], rank: int) -> None:
             fits = fits and each.microbatch is None and trip == 0
         else:
             fits = fits and 0 <= microbatch < count and trip >= 0
-        edge = each.edge
         if not fits or (edge is not None and edge is not edges[where] and edge != edges[where]):
             raise ProgramError(
                 f"{program.name}: {each} cannot stand in rank {rank} of {len(program.ranks)}, with {count} microbatches"

@@ -240,6 +240,7 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
     from .system.service.addresses import check_address
     from .system.service.logs import log_to_stderr
     from .system.service.parent import end_with_parent
+    from .workers.pipeline.report import foretell
 
     log_to_stderr(logging.ERROR if options.child else logging.WARNING)
     check_address("--bind", options.bind)
@@ -253,7 +254,7 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
     try:
         with contextlib.nullcontext() if options.child else _claimed(path):
             keys = _master_keys(options, path, loaded.compiled.num_workers)
-            asyncio.run(run_master(loaded, options.bind, keys, _health(options), options.record))
+            asyncio.run(run_master(loaded, options.bind, keys, _health(options), foretell, options.record))
     except Interrupted as stopped:
         sys.stderr.write(f"{stopped}; checkpoints so far are in {path / 'checkpoints'}\n")
         return 128 + stopped.number
@@ -369,10 +370,11 @@ def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
 def _graph(options: argparse.Namespace, overrides: list[str]) -> int:
     from .system.describe import describe
     from .system.drawing import draw
+    from .workers.pipeline.report import foretell
 
     compiled = _load(options, overrides, "graph").compiled
     if options.out is None:
-        print(describe(compiled))
+        print(describe(compiled, foretell))
     else:
         options.out.write_text(draw(compiled), encoding="utf-8")
         print(f"drew {options.out}")

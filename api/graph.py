@@ -49,9 +49,9 @@ class Microbatching:
     """The most tokens in one microbatch.
 
     Of a generation: the KV cache of one open microbatch, in tokens, and thus how many sequences are in it at once, each
-    with room for the longest prompt and response of the request. As many microbatches are open as there are stages, so
-    a worker never holds more keys and values than those of this many tokens in all layers of the model. Whoever has no
-    room waits, and takes the place of the next that ends.
+    with room for the longest prompt and response of the request. As many microbatches are open as there are pipeline
+    ranks, so a worker never holds more keys and values than those of this many tokens in all layers of the model.
+    Whoever has no room waits, and takes the place of the next that ends.
     """
     min_count: PositiveInt = 1
     """At least this many microbatches on each data-parallel rank, if there are enough sequences."""

@@ -165,7 +165,7 @@ class Bench:
         """With `num_slots`, in slots for the longest prompt and response."""
         room = None if num_slots is None else num_slots * (LONGEST_PROMPT + sampling.max_new_tokens - 1)
         before = self.counter.num_rows
-        responses = generate(self.stage, None, [prompts], sampling, stops, seed, CPU, limits=Round(max_tokens=room))
+        responses = generate([self.stage], None, [prompts], sampling, stops, seed, CPU, limits=Round(max_tokens=room))
         assert responses is not None, "one stage is the last"
         self.num_wasted += self.counter.num_rows - before - needed(prompts, responses)
         return responses
@@ -261,7 +261,7 @@ def run_stage(folder: Path, port: int, index: int, rounds: int) -> list[dict[str
         for at in range(rounds + 1):
             counter.busy_s = counter.first_s = 0.0
             counter.num_rows = 0
-            generate(stage, pipe, microbatches, sampling, [], at, CPU)
+            generate([stage], pipe, microbatches, sampling, [], at, CPU)
             if at > 0:
                 runs.append({"wall_s": time.perf_counter() - counter.first_s, "busy_s": counter.busy_s})
             num_rows += counter.num_rows

@@ -23,6 +23,7 @@ from ..api.graph import CallKind
 from .cadence import Cadence, plan_cadence
 from .cluster import Cluster
 from .control import Control
+from .describe import Foretell, schedule_of
 from .dispatch import first_cause, located
 from .evaluation import Evaluator
 from .monitoring.metrics import MetricsLog
@@ -49,10 +50,12 @@ async def run_master(
     address: str,
     keys: MasterKeys | None,
     health: tuple[str, int] | None = None,
+    foretell: Foretell | None = None,
     is_recorded: bool = False,
 ) -> None:
-    """Runs an experiment to its end. The run directory exists and is ours. `health` is where to answer operators.
-    `is_recorded`: takes one step only, which workers record; nothing is evaluated or saved.
+    """Runs an experiment to its end. The run directory exists and is ours. `health` is where to answer operators;
+    `foretell` says of trainings what the log tells at the start. `is_recorded`: takes one step only, which workers
+    record; nothing is evaluated or saved.
 
     Raises `ConfigError` for what only the workers could find wrong, `RunError` for what went wrong on the way, and
     `Interrupted` on SIGINT or SIGTERM.
@@ -73,7 +76,7 @@ async def run_master(
             latest = Latest()
             if health is not None:
                 stack.enter_context(HealthServer(*health, latest))
-            await _run(loaded, address, keys, latest, lambda: interrupt(signal.SIGTERM), is_recorded)
+            await _run(loaded, address, keys, latest, lambda: interrupt(signal.SIGTERM), foretell, is_recorded)
     except asyncio.CancelledError:
         if not interrupted:
             raise
@@ -88,6 +91,7 @@ async def _run(
     keys: MasterKeys | None,
     latest: Latest,
     end_now: Callable[[], object],
+    foretell: Foretell | None,
     is_recorded: bool,
 ) -> None:
     compiled, directory = loaded.compiled, loaded.compiled.run.path.resolve()
@@ -110,7 +114,7 @@ async def _run(
         with ProgressLine() as progress:
             async with server, asyncio.TaskGroup() as group:
                 others = [group.create_task(_watch(server)), group.create_task(control.report(latest))]
-                await run_epoch(loaded, server, directory, metrics, progress, control, is_recorded)
+                await run_epoch(loaded, server, directory, metrics, progress, control, foretell, is_recorded)
                 life.enter(State.STOPPING)
                 for task in others:
                     task.cancel()
@@ -150,11 +154,12 @@ async def run_epoch(
     metrics: MetricsLog,
     progress: ProgressLine,
     control: Control,
+    foretell: Foretell | None = None,
     is_recorded: bool = False,
 ) -> None:
     """From workers that register to the last step. Raises `RunError` if a worker is lost on the way.
 
-    `is_recorded`: see `run_master`.
+    `foretell`, `is_recorded`: see `run_master`.
     """
     compiled, storage = loaded.compiled, Storage()
     if is_recorded:
@@ -177,33 +182,40 @@ async def run_epoch(
         num_parameters = await cluster.load_models(cadence.num_steps)
     for role, placed in compiled.models.items():
         layout = placed.model.layout
+        trained = "" if placed.optimizer is None else f", {schedule_of(layout)},"
         progress.note(
-            f"{role}: {num_parameters[role]:,} parameters, dp={layout.dp} pp={layout.pp} "
+            f"{role}: {num_parameters[role]:,} parameters, dp={layout.dp} pp={layout.pp}{trained} "
             f"on workers {', '.join(f'{rank} ({workers[rank].host})' for rank in placed.ranks)}"
         )
-    _describe_batches(compiled, cadence, opened, progress)
+    _describe_batches(compiled, cadence, opened, progress, foretell)
     await Trainer(
         compiled, cadence, server, storage, evaluators, metrics, progress, control, cluster.token_readers
     ).run()
 
 
 def _describe_batches(
-    compiled: CompiledExperiment, cadence: Cadence, opened: DatasetOpened, progress: ProgressLine
+    compiled: CompiledExperiment,
+    cadence: Cadence,
+    opened: DatasetOpened,
+    progress: ProgressLine,
+    foretell: Foretell | None,
 ) -> None:
-    """Says what batch, minibatch and microbatch mean here, in sequences and tokens."""
+    """Says what batch, minibatch and microbatch mean here, in sequences and tokens, and how full pipelines are."""
     fed, mean = compiled.training, opened.num_tokens / opened.num_sequences
     progress.note(
         f"{fed.dataset_field}: {opened.num_sequences:,} sequences, {opened.num_tokens:,} tokens, longest "
         f"{opened.longest} tokens ({opened.longest_id}); {cadence.num_steps:,} steps = "
         f"{cadence.num_steps * fed.graph.batch_size / opened.num_sequences:.2f} passes"
     )
-    rows = []
+    rows, pipelines = [], []
     for call in fed.graph.model_calls:
         layout, largest = compiled.models[call.model].model.layout, call.microbatching.max_tokens
         length = mean + call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else mean
         share = call.minibatch_size * length / layout.dp
         num_microbatches = max(call.microbatching.min_count, -(-int(share) // largest))
         unit = "an optimizer step" if call.kind is CallKind.TRAIN_STEP else "a request"
+        if foretell is not None and call.kind is CallKind.TRAIN_STEP and (told := foretell(layout, num_microbatches)):
+            pipelines.append(f"{call.name}: about {num_microbatches} microbatches, {schedule_of(layout)}: {told}")
         for name, what, sequences in (
             ("batch", "a step", float(call.batch_size)),
             ("minibatch", unit, float(call.minibatch_size)),
@@ -211,3 +223,5 @@ def _describe_batches(
         ):
             rows.append((call.name, name, what, f"{sequences:,.1f}".removesuffix(".0"), f"{sequences * length:,.0f}"))
     progress.table("sizes", ("call", "unit", "is", "sequences", "tokens (about)"), rows)
+    for line in pipelines:
+        progress.note(line)

@@ -176,10 +176,10 @@ class ModelShard:
         stop_ids: Sequence[int],
         limits: Round | None = None,
     ) -> list[Response]:
-        """Responses to this replica's prompts, in their order; none but on the last stage."""
+        """Responses to this replica's prompts, in their order; none but with the last stage."""
         self.restore()
         pipe, home, seed = self.groups.pipe, self.groups.gradients, self._seed
-        responses = generate(self.stage, pipe, microbatches, sampling, stop_ids, seed, self.device, home, limits)
+        responses = generate(self.stages, pipe, microbatches, sampling, stop_ids, seed, self.device, home, limits)
         return responses or []
 
     def move_towards(self, source: ModelShard, eta: float) -> None:

@@ -102,13 +102,6 @@ def _check_model(call: ModelFunctionCall, placed: PlacedModel, field: str) -> No
             "a model without an optimizer cannot be trained",
             "give the model an optimizer, or train another",
         )
-    if call.kind is CallKind.GENERATE and placed.model.layout.chunks > 1:
-        raise ConfigError(
-            f"{placed.field}.layout.chunks",
-            placed.model.layout.chunks,
-            f"{field} generates with {call.model}, and this version generates with one stage a worker only",
-            "set it to 1, with another schedule",
-        )
     replicas = placed.model.layout.dp
     if call.minibatch_size < replicas:
         raise ConfigError(

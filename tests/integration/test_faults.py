@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -118,14 +119,40 @@ def test_a_killed_worker_is_named(failpoint: str, words: tuple[str, ...], workbe
     assert not checkpoints.exists() or not list(checkpoints.glob("step-*")), "a half-written checkpoint has no name"
 
 
-def test_an_exception_in_a_worker_reaches_the_master(workbench: Workbench) -> None:
-    done = workbench.run("--model.layout.pp", "2", TRAINMASTER_FAILPOINT="worker.train_step@1=raise")
+BAD_LAYER = """
+import sys, time
+
+if sys.argv[1] == "worker":
+    from trainmaster.workers.models.stage import Stage
+
+    forward, trained = Stage.forward, []
+
+    def fails(stage, ids, batch, hidden=None):
+        trained.extend([stage.index] if stage.training else [])
+        if trained == [1, 1]:
+            (here / "broken").write_text(str(time.time()))
+            raise ValueError("a bad layer")
+        return forward(stage, ids, batch, hidden)
+
+    Stage.forward = fails
+"""
+
+
+def test_an_exception_in_the_middle_of_a_pipeline_reaches_the_master_at_once(workbench: Workbench) -> None:
+    workbench.file.write_text(workbench.file.read_text() + BAD_LAYER)
+    done = workbench.run("--model.layout.pp", "3")
+    taken_s = time.time() - float((workbench.folder / "broken").read_text())
     assert done.returncode == 1, done.stderr
+    instruction = "forward(1, microbatch 1) of 1f1b, pipeline rank 1 of 3, failed with ValueError: a bad layer"
+    assert re.search(
+        rf"^error: call train on worker 1 \(.*\) failed with RunError: {re.escape(instruction)}$", done.stderr, re.M
+    )
     assert "Traceback" in done.stderr
-    assert "worker 1" in done.stderr
-    assert "InjectedFault: the failpoint worker.train_step@1 is armed" in done.stderr
+    assert 'raise ValueError("a bad layer")' in done.stderr, "the worker's own traceback"
+    assert "PeerLost" not in done.stderr, "what its neighbours felt is not the cause"
     assert "logs: " in done.stderr
     assert workbench.wait_until_gone(1.0) == []
+    assert taken_s < BAR_S, "no deadline was waited for: a call has an hour"
 
 
 def test_a_token_outside_of_the_vocabulary(workbench: Workbench) -> None:

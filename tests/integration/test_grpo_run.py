@@ -57,7 +57,7 @@ def test_two_runs_of_a_seed_are_equal_to_the_bit_and_layouts_agree(bench: Workbe
     layouts = {
         "one": [],
         "again": [],
-        "stages": ["--actor.layout.pp", "2"],
+        "stages": ["--actor.layout.pp", "2", "--actor.layout.schedule", "interleaved", "--actor.layout.chunks", "2"],
         "copies": ["--actor.layout.dp", "2"],
         "apart": ["--reference-apart"],
     }

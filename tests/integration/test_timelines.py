@@ -13,6 +13,8 @@ def test_a_timed_step_is_drawn_beside_its_prediction(workbench: Workbench) -> No
     chunks = ("--model.layout.schedule", "interleaved", "--model.layout.chunks", "2")
     done = workbench.run(*TIMED, *chunks, "--model.layout.recompute")
     assert done.returncode == 0, done.stderr
+    assert "schedule interleaved, 2 chunks, activations recomputed, on workers 0" in done.stdout
+    assert "schedule interleaved, 2 chunks, activations recomputed: a bubble of" in done.stdout
     files = sorted((workbench.folder / "runs" / "test" / "timelines").iterdir())
     assert [file.name for file in files] == [f"step-2-worker-{rank}.jsonl" for rank in range(2)]
     for rank, file in enumerate(files):
@@ -27,6 +29,7 @@ def test_a_timed_step_is_drawn_beside_its_prediction(workbench: Workbench) -> No
     assert "measured" in out
     assert "predicted" in out
     assert picture.read_text().startswith("<svg")
+    assert picture.read_text().index("measured: ") < picture.read_text().index("predicted: ")
     other = workbench.start("schedule", "--run", "test", "--step", "1")
     _, err = other.communicate(timeout=60)
     assert other.returncode == 2

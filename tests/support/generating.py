@@ -1,4 +1,4 @@
-"""Generation by stages in threads of this process, joined by real groups over an in-memory backend.
+"""Generation by pipeline ranks in threads of this process, joined by real groups over an in-memory backend.
 
 The backend checks what is exchanged; `Whole` is what transformers' own `generate` makes of the same prompts.
 """
@@ -12,6 +12,7 @@ from datetime import timedelta
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import architectures
 import torch
 from trainmaster.api.sampling import Sampling
 from trainmaster.workers.models import hf_compat
@@ -22,28 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 DEADLINE = timedelta(seconds=30)
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "intermediate_size": 48,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
-CONFIGS = {
-    "qwen3": {**COMMON, "head_dim": 8, "tie_word_embeddings": True},
-    "llama": {**COMMON, "num_hidden_layers": 3},
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 64}
-    | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
-    "gemma2": {**COMMON, "head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 2.0},
-    "deepseek_v3": {**COMMON, **LATENT, **EXPERTS, "num_key_value_heads": 4, "first_k_dense_replace": 1},
-}
+ENDLESS = {"bos_token_id": None, "eos_token_id": None}
+CONFIGS = {name: architectures.CONFIGS[name] | ENDLESS for name in ("qwen3", "llama", "gpt2", "gemma2", "deepseek_v3")}
 MAX_NEW_TOKENS = 9
 LENGTHS = (5, 11, 1, 7, 3, 5, 9)  # of prompts
 SPLITS = {1: (7,), 2: (3, 4), 5: (1, 2, 1, 2, 1)}  # sizes of microbatches, by their number
@@ -107,30 +88,32 @@ def pipe_over(channels: Channels, rank: int, size: int) -> Group:
     return Group("pipe", tuple(range(size)), rank, Backend(channels, rank), DEADLINE)
 
 
-def run(stages, microbatches, sampling, stop_ids=(), seed=0, channels=None, home=None, limits=None):
-    """Responses of the last stage; the others must give none, and leave no message."""
-    if len(stages) == 1:
-        return generate(stages[0], None, microbatches, sampling, stop_ids, seed, CPU, None, limits)
+def run(stages, microbatches, sampling, stop_ids=(), seed=0, channels=None, home=None, limits=None, num_chunks=1):
+    """Responses of the last rank; the others must give none, and leave no message. A rank has `num_chunks` stages."""
+    num_ranks = len(stages) // num_chunks
+    if num_ranks == 1:
+        return generate(stages, None, microbatches, sampling, stop_ids, seed, CPU, None, limits)
     channels = channels or Channels()
 
-    def on(stage):
-        pipe = pipe_over(channels, stage.index, len(stages))
-        way_home = None if home is None else pipe_over(home, stage.index, len(stages))
-        return generate(stage, pipe, microbatches, sampling, stop_ids, seed, CPU, way_home, limits)
+    def on(rank):
+        pipe = pipe_over(channels, rank, num_ranks)
+        way_home = None if home is None else pipe_over(home, rank, num_ranks)
+        own = stages[rank::num_ranks]
+        return generate(own, pipe, microbatches, sampling, stop_ids, seed, CPU, way_home, limits)
 
-    with ThreadPoolExecutor(len(stages)) as threads:
-        results = list(threads.map(on, stages))
-    assert results[:-1] == [None] * (len(stages) - 1)
+    with ThreadPoolExecutor(num_ranks) as threads:
+        results = list(threads.map(on, range(num_ranks)))
+    assert results[:-1] == [None] * (num_ranks - 1)
     for each in (channels, home) if home else (channels,):
-        check_messages(each, len(stages))
+        check_messages(each, num_ranks)
     return results[-1]
 
 
-def check_messages(channels, num_stages):
+def check_messages(channels, num_ranks):
     """All that was sent was received, and for each pair in order, tags apart (which some backends do not know)."""
     assert all(each.empty() for each in channels.queues.values())
-    for source in range(num_stages):
-        for target in range(num_stages):
+    for source in range(num_ranks):
+        for target in range(num_ranks):
             sent = [tag for what, peer, tag in channels.log.get(source, []) if (what, peer) == ("send", target)]
             received = [tag for what, peer, tag in channels.log.get(target, []) if (what, peer) == ("receive", source)]
             assert sent == received

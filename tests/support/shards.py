@@ -1,7 +1,8 @@
 """One tiny policy in several layouts, over two real processes: what each layout makes of the same prompts and numbers.
 
-    test --submit--> process of rank 0: shards of "one", "stages" (stage 0), "copies" (replica 0)   ---+
-         --submit--> process of rank 1: shards of        "stages" (stage 1), "copies" (replica 1)   ---+-- gloo groups
+    test --submit--> process of rank 0: shards of "one", "stages" (stage 0), "chunks" (0, 2), "copies" (replica 0) ---+
+         --submit--> process of rank 1: shards of        "stages" (stage 1), "chunks" (1, 3), "copies" (replica 1) ---+
+                                                                                                         gloo groups
 
 For what needs no other worker, `lone_shard` makes any worker's shard of any layout here.
 
@@ -24,7 +25,7 @@ import torch
 from preloaded import forking
 from trainmaster.api.algorithms import KLEstimator, LossNormalisation, PolicyLoss
 from trainmaster.api.balance import plan_microbatches
-from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions, Schedule
 from trainmaster.api.experiments.answers import PROMPT_KEYS, generate_call
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.grpo import GRPO
@@ -42,7 +43,12 @@ from workbench import TINY_MODEL
 
 ADDRESS = "127.0.0.1"
 NUM_WORKERS = 2
-LAYOUTS = {"one": Layout(), "stages": Layout(pp=2), "copies": Layout(dp=2)}
+LAYOUTS = {
+    "one": Layout(),
+    "stages": Layout(pp=2),
+    "chunks": Layout(pp=2, schedule=Schedule.INTERLEAVED, chunks=2),
+    "copies": Layout(dp=2),
+}
 MODEL = Model(config=TINY_MODEL | {"initializer_range": 0.2}, tokenizer=Path("none"))
 OPTIMIZER = Optimizer(learning_rate=1e-3, warmup_steps=2)
 LOSS = PolicyLoss(

@@ -15,7 +15,7 @@ def test_models_with_workers_then_graphs_with_calls():
     )
     assert describe(experiment.compile()).splitlines() == [
         "models",
-        "  model: models/m, trained, dp=2 pp=3 tp=1 sp=1, workers 0-5",
+        "  model: models/m, trained, schedule 1f1b, dp=2 pp=3 tp=1 sp=1, workers 0-5",
         "graph sft",
         "  dataset train.jsonl -> tokens, loss_mask",
         "  train: train_step on model, batch 8, minibatch 4, reads tokens, loss_mask from dataset",
@@ -27,4 +27,21 @@ def test_models_with_workers_then_graphs_with_calls():
 
 def test_a_random_model_is_described_by_its_type():
     model = Model(config={"model_type": "qwen2"}, tokenizer=Path("t"))
-    assert "model: random qwen2, trained, dp=1" in describe(SFT(model=model, dataset=Dataset(path="d")).compile())
+    told = describe(SFT(model=model, dataset=Dataset(path="d")).compile())
+    assert "model: random qwen2, trained, schedule 1f1b, dp=1" in told
+
+
+def test_schedules_are_named_and_what_is_foretold_of_them():
+    layout = Layout(pp=2, schedule="interleaved", chunks=3, recompute=True)
+    compiled = SFT(model=Model(path=Path("m"), layout=layout), dataset=Dataset(path="d")).compile()
+    asked = []
+
+    def foretell(*about: object) -> str:
+        asked.append(about)
+        return "all will be well"
+
+    lines = describe(compiled, foretell).splitlines()
+    assert "trained, schedule interleaved, 3 chunks, activations recomputed, dp=1" in lines[1]
+    assert lines[-1] == "train on model in 2 microbatches, the fewest: all will be well"
+    assert asked == [(layout, 2)]
+    assert describe(compiled, lambda *_: "") == describe(compiled)

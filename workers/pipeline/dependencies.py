@@ -1,18 +1,18 @@
 """What every instruction of a program waits for, and how far a program gets by it. Pure.
 
-An instruction needs others of its own rank to stand before it, and others of other ranks to be done:
+An instruction needs others of its own rank, which stand before it, and others of other ranks, which must be done:
 
     RECEIVE           waits for its SEND
     SEND              if channels are a rendezvous, for the rank of its RECEIVE to have come there
     REDUCE            for the ranks of its replica group to have come to theirs
     compute           in a program without communication, for what other ranks feed it
+    co-issued         for what either of the two waits for
 
 The verifier asks whether this ends, the simulator asks when: both walk it with `advance`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -45,30 +45,33 @@ class Channels(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """Of a program whose instructions stand where `places` says."""
+    """Of a program: where everything stands, and what it waits for."""
 
     program: Program
     places: Mapping[Key, Place]
-    own: tuple[tuple[tuple[int, ...], ...], ...]
-    """By rank and position: positions of the same rank that must be lower."""
-    foreign: tuple[tuple[tuple[Place, ...], ...], ...]
+    own: Sequence[Sequence[Sequence[int]]]
+    """By rank and position: lower positions of the same rank."""
+    foreign: Sequence[Sequence[Sequence[Place]]]
     """By rank and position: instructions of other ranks that must be done, if channels are buffered."""
+    messages: Sequence[tuple[Place, Place]]
+    """Where each message is sent, and where it is received; in the order of receives."""
 
-    def waits(self, channels: Channels) -> tuple[tuple[tuple[Place, ...], ...], ...]:
-        """`foreign`, and for a rendezvous what sends wait for."""
-        if channels is Channels.BUFFERED:
-            return self.foreign
-        return tuple(
-            tuple(
-                self._until_received(each) if each.op is Op.SEND else needed
-                for each, needed in zip(instructions, self.foreign[rank], strict=True)
-            )
-            for rank, instructions in enumerate(self.program.ranks)
-        )
+    def waits(self, channels: Channels) -> list[list[Sequence[Place]]]:
+        """`foreign`, and for a rendezvous what sends wait for; the first of two that are co-issued waits for both."""
+        waits = [list(each) for each in self.foreign]
+        if channels is Channels.RENDEZVOUS:
+            for (source, sent), (target, received) in self.messages:
+                waits[source][sent] = ((target, received - 1),) if received else ()
+        return joined(self.program, waits)
 
-    def _until_received(self, send: Instruction) -> tuple[Place, ...]:
-        rank, position = self.places[Op.RECEIVE, *key_of(send)[1:]]
-        return ((rank, position - 1),) if position else ()
+
+def joined(program: Program, waits: list[list[Sequence[Place]]]) -> list[list[Sequence[Place]]]:
+    """Has the first of two co-issued instructions wait for what the second waits for."""
+    for instructions, waits_of_rank in zip(program.ranks, waits, strict=True):
+        for position, each in enumerate(instructions):
+            if each.is_with_next:
+                waits_of_rank[position] = (*waits_of_rank[position], *waits_of_rank[position + 1])
+    return waits
 
 
 def inputs(topology: Topology, op: Op, stage: int) -> Iterator[tuple[Edge, int]]:
@@ -93,53 +96,68 @@ def key_of(instruction: Instruction) -> Key:
     return instruction.op, where, -1 if microbatch is None else microbatch, instruction.trip
 
 
-def places_of(program: Program) -> dict[Key, Place]:
+def keys_of(program: Program) -> list[list[Key]]:
+    """By rank and position."""
+    return [[key_of(each) for each in instructions] for instructions in program.ranks]
+
+
+def places_of(program: Program, keys: Sequence[Sequence[Key]]) -> dict[Key, Place]:
     """Of all that name something; each rank has a STEP. Raises ProgramError for an instruction that stands twice."""
     places: dict[Key, Place] = {}
-    for rank, instructions in enumerate(program.ranks):
-        for position, each in enumerate(instructions):
-            if each.op is Op.STEP:
-                continue
-            place = places.setdefault(key_of(each), (rank, position))
-            if place != (rank, position):
-                raise ProgramError(f"{program.name}: {each} stands twice, in rank {place[0]} and in rank {rank}")
+    for rank, keys_of_rank in enumerate(keys):
+        for position, key in enumerate(keys_of_rank):
+            if key in places and key[0] is not Op.STEP:
+                each, (first, _) = program.ranks[rank][position], places[key]
+                raise ProgramError(f"{program.name}: {each} stands twice, in rank {first} and in rank {rank}")
+            places[key] = rank, position
     return places
 
 
-def find(program: Program, places: Mapping[Key, Place], is_silent: bool = False) -> Dependencies:
-    """Raises ProgramError for an instruction that another one needs and that stands nowhere.
+def find(
+    program: Program, keys: Sequence[Sequence[Key]], places: Mapping[Key, Place], is_silent: bool = False
+) -> Dependencies:
+    """Raises ProgramError for an instruction that another one needs and that stands nowhere, or behind it.
 
     Silent is a program before communication is added: what one rank makes is there for the others.
     """
-    needs: dict[tuple[Op, int], tuple[Need, ...]] = {}
-    own, foreign = [], []
-    for rank, instructions in enumerate(program.ranks):
+    needs: dict[Op, dict[int, tuple[Need, ...]]] = {op: {} for op in Op}
+    own: list[list[tuple[int, ...]]] = []
+    foreign: list[list[tuple[Place, ...]]] = []
+    messages: list[tuple[Place, Place]] = []
+    for rank, keys_of_rank in enumerate(keys):
         own_of_rank: list[tuple[int, ...]] = []
         foreign_of_rank: list[tuple[Place, ...]] = []
-        for each in instructions:
-            op, where, microbatch, trip = key_of(each)
-            if (op, where) not in needs:
-                needs[op, where] = tuple(_needs(program.topology, op, where, is_silent))
-            here, there = [], list(_meeting(program, places, where)) if op is Op.REDUCE else []
-            for need in needs[op, where]:
-                if need.trips_before > trip:
+        for position, (op, where, microbatch, trip) in enumerate(keys_of_rank):
+            wanted = needs[op].get(where)
+            if wanted is None:
+                wanted = needs[op][where] = tuple(_needs(program.topology, op, where, is_silent))
+            here: tuple[int, ...] = ()
+            there: tuple[Place, ...] = ()
+            for ops, at, trips_before in wanted:
+                if trips_before > trip:
                     continue
-                place = None
-                for other in need.ops:
-                    place = places.get((other, need.where, microbatch, trip - need.trips_before))
+                for other in ops:
+                    place = places.get((other, at, microbatch, trip - trips_before))
                     if place is not None:
                         break
-                if place is None:
-                    raise _missing(program, rank, each, need)
-                if place[0] == rank:
-                    here.append(place[1])
                 else:
-                    there.append(place)
-            own_of_rank.append(tuple(here))
-            foreign_of_rank.append(tuple(there))
-        own.append(tuple(own_of_rank))
-        foreign.append(tuple(foreign_of_rank))
-    return Dependencies(program, places, tuple(own), tuple(foreign))
+                    raise _missing(program, rank, position, Need(ops, at, trips_before))
+                if place[0] != rank:
+                    there += (place,)
+                elif place[1] < position:
+                    here += (place[1],)
+                else:
+                    each, needed = (program.ranks[rank][number] for number in (position, place[1]))
+                    raise ProgramError(f"{program.name}: {each} in rank {rank} stands before {needed}, which it needs")
+            if op is Op.RECEIVE:
+                messages.append((there[0], (rank, position)))
+            elif op is Op.REDUCE:
+                there += tuple(_meeting(program, places, where))
+            own_of_rank.append(here)
+            foreign_of_rank.append(there)
+        own.append(own_of_rank)
+        foreign.append(foreign_of_rank)
+    return Dependencies(program, places, own, foreign, messages)
 
 
 class Need(NamedTuple):
@@ -173,7 +191,8 @@ def _needs(topology: Topology, op: Op, where: int, is_silent: bool) -> Iterator[
             yield Need((Op.SEND,), where)
 
 
-def _missing(program: Program, rank: int, each: Instruction, need: Need) -> ProgramError:
+def _missing(program: Program, rank: int, position: int, need: Need) -> ProgramError:
+    each = program.ranks[rank][position]
     op, trip = need.ops[-1], each.trip - need.trips_before
     if op in COMMUNICATION:
         what = Instruction(op, None, each.microbatch, program.topology.edges[need.where], trip)
@@ -193,33 +212,40 @@ def _meeting(program: Program, places: Mapping[Key, Place], stage: int) -> Itera
 
 
 def advance(
-    program: Program, waits: Sequence[Sequence[Sequence[Place]]], costs: Mapping[Op, float], delays: Mapping[Op, float]
+    program: Program,
+    waits: Sequence[Sequence[Sequence[Place]]],
+    costs: Sequence[Sequence[float]],
+    delays: Mapping[Op, float],
 ) -> list[list[float]]:
     """When each instruction ends, by rank; a list that is shorter than the rank's: it gets no further.
 
-    `costs`: how long an instruction takes; `delays`: how long what it waits for takes to reach it. Each rank starts an
-    instruction once it is done with the one before and what this one waits for has come.
+    `costs`: how long an instruction takes, by rank and position; `delays`: how long what it waits for takes to reach
+    it. Each rank starts an instruction once it is done with the one before and what this one waits for has come.
     """
     ends: list[list[float]] = [[] for _ in program.ranks]
-    sleepers: dict[Place, list[int]] = {}
-    awake = deque(range(len(program.ranks)))
+    asleep: list[list[tuple[int, int]]] = [[] for _ in program.ranks]
+    """By rank: positions that others wait for, and who."""
+    awake = list(range(len(program.ranks)))
     while awake:
-        rank = awake.popleft()
-        instructions, waits_of_rank, ends_of_rank = program.ranks[rank], waits[rank], ends[rank]
+        rank = awake.pop()
+        instructions, ends_of_rank = program.ranks[rank], ends[rank]
+        waits_of_rank, costs_of_rank = waits[rank], costs[rank]
         clock = ends_of_rank[-1] if ends_of_rank else 0.0
-        for position in range(len(ends_of_rank), len(instructions)):
-            op = instructions[position].op
-            for place in waits_of_rank[position]:
-                ends_there = ends[place[0]]
-                if place[1] >= len(ends_there):
-                    sleepers.setdefault(place, []).append(rank)
+        for position in range(len(ends_of_rank), len(costs_of_rank)):
+            for other, at in waits_of_rank[position]:
+                if at >= len(ends[other]):
+                    asleep[other].append((at, rank))
                     break
-                clock = max(clock, ends_there[place[1]] + delays[op])
+                come = ends[other][at] + delays[instructions[position].op]
+                if come > clock:
+                    clock = come
             else:
-                clock += costs[op]
+                clock += costs_of_rank[position]
                 ends_of_rank.append(clock)
-                if sleepers:
-                    awake.extend(sleepers.pop((rank, position), ()))
                 continue
             break
+        if asleep[rank]:
+            count = len(ends_of_rank)
+            awake.extend([other for at, other in asleep[rank] if at < count])
+            asleep[rank] = [each for each in asleep[rank] if each[0] >= count]
     return ends

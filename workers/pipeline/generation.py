@@ -1,14 +1,15 @@
-"""Generation over the stages of one replica: runs what `rounds` says, on tensors.
+"""Generation over the pipeline ranks of one replica: runs what `rounds` says, on tensors.
 
     slots       who sits in which KV slot, and who joins            pure
-    rounds      what a stage computes, sends and receives, when     pure
+    rounds      what a rank computes, sends and receives, when      pure
     responses   what is drawn, on the last stage
     here        caches, passes, messages
 
-Invariants: no row of an ended sequence is computed; a message's tag is unique to its microbatch and kind; tokens depend
-on weights, seed, sequence and position, not on who shares a pass, joins or waits, nor on where a round ended. (What a
-pass computes for a row may differ in its last bits with the number of rows, as kernels choose their order of sums by
-it; a draw differs only where its uniform number lies in such a gap.)
+Invariants: no row of an ended sequence is computed; a message's tag is unique to its microbatch and kind, of which one
+at a time is under way between two ranks; tokens depend on weights, seed, sequence and position, not on who shares a
+pass, joins or waits, nor on where a round ended. (What a pass computes for a row may differ in its last bits with the
+number of rows, as kernels choose their order of sums by it; a draw differs only where its uniform number lies in such a
+gap.)
 
 Does not: cut prompts into microbatches, or know of tokenizers.
 
@@ -17,7 +18,7 @@ Shapes: n rows of a microbatch, T tokens of a pass, H hidden size, V vocabulary 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -30,7 +31,7 @@ from ..models.attention import PackedPass
 from ..models.cache import KVCache
 from ..models.stage import Stage
 from ..parallel.groups import Group, Receiving, Sending
-from .instructions import Edge, EdgeKind, Instruction, Op
+from .instructions import Edge, EdgeKind, Instruction, Op, Topology
 from .responses import Drafts, Prompt, Response, Rows
 from .rounds import Turn, ring, turns
 from .slots import PAUSED, Pool, Slots
@@ -46,16 +47,16 @@ class Round:
     """KV slots of one open microbatch: the most tokens that they have room for, all together.
 
     A slot has room for the longest that any sequence of the call may grow to. There are as many open microbatches as
-    stages at most, each with its layers of each stage. None: a microbatch takes what it needs, and nobody joins it.
+    pipeline ranks at most, each with the layers of each rank. None: a microbatch takes what it needs, and nobody joins.
     """
     max_new_tokens: int | None = None
     """Interrupt each response that gains this many tokens now; at least 1."""
     is_over: Callable[[], bool] | None = None
-    """Asked on the last stage after each trip of a microbatch; True interrupts all responses that have not ended."""
+    """Asked with the last stage after each trip of a microbatch; True interrupts all responses that have not ended."""
 
 
 def generate(
-    stage: Stage,
+    stages: Sequence[Stage],
     pipe: Group | None,
     microbatches: Sequence[Sequence[Prompt]],
     sampling: Sampling,
@@ -65,29 +66,36 @@ def generate(
     home: Group | None = None,
     limits: Round | None = None,
 ) -> list[Response] | None:
-    """Responds to every prompt. All stages of a replica call this at once, with the same arguments.
+    """Responds to every prompt. All pipeline ranks of a replica call this at once, each with its own stages, and
+    otherwise with the same arguments.
 
-    `pipe` joins the stages by index; None if there is one. `home` joins them, too, and carries tokens from the last
-    stage to the first; by default `pipe` does, which is right for gloo, while NCCL runs the messages of both directions
-    between two ranks in one order and may wait crosswise. `stop_ids`: all tokens that end a response.
+    `stages`: stage s is on rank s mod the number of ranks. `pipe` joins the ranks; None if there is one. `home` joins
+    them, too, and carries what goes from the last rank to the first; by default `pipe` does, which is right for gloo,
+    while NCCL runs the messages of both directions between two ranks in one order and may wait crosswise. `stop_ids`:
+    all tokens that end a response.
 
-    Returns, on the last stage, the responses in the order of prompts, microbatch after microbatch; None on the others.
-    The stage's mode is left as it was. Raises RunError for a prompt that alone outgrows `limits.max_tokens`, and, on
+    Returns, with the last stage, the responses in the order of prompts, microbatch after microbatch; None elsewhere.
+    The stages' mode is left as it was. Raises RunError for a prompt that alone outgrows `limits.max_tokens`, and, with
     the last stage, if logits were no finite numbers.
     """
-    assert (pipe is None) == (stage.num_stages == 1), "a pipe joins the stages where there are several"
     assert all(microbatches), "a microbatch has at least one prompt"
+    num_ranks, rank = (1, 0) if pipe is None else (pipe.size, pipe.index)
+    topology = ring(num_ranks, len(stages))
+    assert [stage.index for stage in stages] == [stage.id for stage in topology.stages_of(rank)], (
+        f"rank {rank} of {num_ranks} holds other stages than its own"
+    )
     limits = limits or Round()
     prompts = [prompt for microbatch in microbatches for prompt in microbatch]
     ends = list(accumulate(map(len, microbatches), initial=0))
     by_index = [range(*each) for each in pairwise(ends)]
     claims = [prompt.claim(sampling) for prompt in prompts]
-    slots = Slots(claims, by_index, stage.num_stages, limits.max_tokens)
-    with torch.inference_mode(), _evaluating(stage):
+    slots = Slots(claims, by_index, num_ranks, limits.max_tokens)
+    with torch.inference_mode(), _evaluating(stages):
         stops = torch.tensor(sorted(set(stop_ids)), dtype=torch.int64, device=device)
-        drafts = Drafts(prompts, sampling, stops, seed, limits.max_new_tokens) if stage.is_last else None
-        seat = _Seat(stage, pipe, home or pipe, device, prompts, drafts, limits.is_over)
-        walk, answer = turns(ring(stage.num_stages), stage.index, slots), None
+        drafts = Drafts(prompts, sampling, stops, seed, limits.max_new_tokens) if stages[-1].is_last else None
+        held = {stage.index: stage for stage in stages}
+        seat = _Seat(topology, held, pipe, home or pipe, device, prompts, drafts, limits.is_over)
+        walk, answer = turns(topology, rank, slots), None
         while True:
             try:
                 turn = walk.send(answer)
@@ -99,28 +107,29 @@ def generate(
 
 
 @contextmanager
-def _evaluating(stage: Stage) -> Iterator[None]:
-    if not stage.training:
-        yield
-        return
-    stage.eval()
+def _evaluating(stages: Sequence[Stage]) -> Iterator[None]:
+    training = [stage for stage in stages if stage.training]
+    for stage in training:
+        stage.eval()
     try:
         yield
     finally:
-        stage.train()
+        for stage in training:
+            stage.train()
 
 
 @dataclass(slots=True)
 class _Flight:
-    """What one open microbatch has on one stage."""
+    """What one open microbatch has on one rank."""
 
-    cache: KVCache
+    caches: dict[int, KVCache] = field(default_factory=dict)
+    """By stage."""
     tokens: Tensor | None = None
     """`[n]`, int64: the marks of the last trip."""
     hidden: Tensor | None = None
     """`[1, T, H]`: made by the last pass."""
     rows: Rows | None = None
-    """On the last stage."""
+    """Of the last stage."""
     arriving: Receiving | None = None
     """What was last begun to be received."""
     sendings: list[Sending] = field(default_factory=list)
@@ -138,15 +147,17 @@ class _Flight:
 
 @dataclass(slots=True)
 class _Seat:
-    """One stage in the ring."""
+    """One rank in the ring."""
 
-    stage: Stage
+    topology: Topology
+    stages: Mapping[int, Stage]
+    """Its own, by index."""
     pipe: Group | None
     home: Group | None
     device: torch.device
     prompts: Sequence[Prompt]
     drafts: Drafts | None
-    """On the last stage."""
+    """With the last stage."""
     is_over: Callable[[], bool] | None
     _flights: dict[int, _Flight] = field(default_factory=dict)
     """By microbatch."""
@@ -159,12 +170,12 @@ class _Seat:
         pool, instruction = turn.pool, turn.instruction
         flight = self._flights.get(pool.microbatch)
         if flight is None:
-            flight = self._flights[pool.microbatch] = _Flight(KVCache(pool.num_slots, pool.slot_tokens))
+            flight = self._flights[pool.microbatch] = _Flight()
         match instruction.op:
             case Op.FORWARD:
-                self._forward(pool, flight)
+                self._forward(self._stage(instruction), pool, flight)
             case Op.SAMPLE:
-                return self._sample(flight)
+                return self._sample(self._stage(instruction), flight)
             case Op.RECEIVE if turn.is_answered:
                 flight.tokens = flight.arrived()
                 return _as_list(flight.tokens)
@@ -173,7 +184,7 @@ class _Seat:
             case Op.SEND:
                 self._send(instruction, flight)
             case Op.CLOSE:
-                self._leaving += self._flights.pop(pool.microbatch).sendings
+                self._close(self._stage(instruction), pool, flight)
             case _:
                 raise AssertionError(f"{instruction} is of no generation")
         return None
@@ -183,9 +194,13 @@ class _Seat:
         for sending in self._leaving:
             sending.wait()
 
-    def _forward(self, pool: Pool, flight: _Flight) -> None:
+    def _stage(self, instruction: Instruction) -> Stage:
+        assert instruction.stage is not None, "compute names a stage"
+        return self.stages[instruction.stage]
+
+    def _forward(self, stage: Stage, pool: Pool, flight: _Flight) -> None:
         """Of the rows that go on, and those that join."""
-        received = None if self.stage.is_first else flight.arrived()
+        received = None if stage.is_first else flight.hidden if self.pipe is None else flight.arrived()
         joining = [self.prompts[sequence].tokens for sequence in pool.joining]
         parts = [tokens.to(self.device) for tokens in joining]
         if pool.order:
@@ -193,23 +208,32 @@ class _Seat:
             is_same = len(pool.order) == len(flight.tokens)
             parts.insert(0, flight.tokens if is_same else flight.tokens[torch.tensor(pool.order, device=self.device)])
         ids = torch.cat(parts) if joining else parts[0]
-        flight.cache.keep(pool.order)
-        current = PackedPass.step(flight.cache, tuple([len(tokens) for tokens in joining]), self.device)
-        if self.drafts is not None:
+        cache = flight.caches.get(stage.index)
+        if cache is None:
+            cache = flight.caches[stage.index] = KVCache(pool.num_slots, pool.slot_tokens)
+        cache.keep(pool.order)
+        current = PackedPass.step(cache, tuple([len(tokens) for tokens in joining]), self.device)
+        flight.hidden = stage.run(ids[None], current, received)
+        if stage.is_last:
+            assert self.drafts is not None, "the last stage samples"
             flight.rows = self.drafts.follow(flight.rows, pool.order, pool.joining)
-        flight.hidden = self.stage.run(ids[None], current, received)
-        if self.drafts is not None and joining:  # the last token of each
-            ends = torch.tensor(current.batch.seqlens).cumsum(0) - 1
-            flight.hidden = flight.hidden[:, ends.to(self.device)]
+            if joining:  # the last token of each
+                ends = torch.tensor(current.batch.seqlens).cumsum(0) - 1
+                flight.hidden = flight.hidden[:, ends.to(self.device)]
 
-    def _sample(self, flight: _Flight) -> Sequence[int]:
+    def _sample(self, stage: Stage, flight: _Flight) -> Sequence[int]:
         assert self.drafts is not None, "the last stage samples"
         assert flight.rows is not None, "a SAMPLE follows its FORWARD"
         assert flight.hidden is not None, "a SAMPLE follows its FORWARD"
-        tokens = self.drafts.add(flight.rows, self.stage.logits(flight.hidden)[0])
+        tokens = self.drafts.add(flight.rows, stage.logits(flight.hidden)[0])
         self._was_over = self._was_over or (self.is_over is not None and self.is_over())
         flight.tokens = torch.full_like(tokens, PAUSED) if self._was_over else tokens
         return _as_list(flight.tokens)
+
+    def _close(self, stage: Stage, pool: Pool, flight: _Flight) -> None:
+        del flight.caches[stage.index]
+        if not flight.caches:
+            self._leaving += self._flights.pop(pool.microbatch).sendings
 
     def _receive(self, instruction: Instruction, pool: Pool) -> Receiving:
         edge = instruction.edge
@@ -218,24 +242,27 @@ class _Seat:
             case EdgeKind.TOKEN:
                 tensor = torch.empty(len(pool.rows), dtype=torch.int64, device=self.device)
             case EdgeKind.ACTIVATION:
-                num_tokens = len(pool.order) + sum(len(self.prompts[sequence].tokens) for sequence in pool.joining)
-                shape = 1, num_tokens, self.stage.hidden_size
-                tensor = torch.empty(shape, dtype=self.stage.model.dtype, device=self.device)
+                num_tokens, stage = len(pool.order), self.stages[edge.target]
+                num_tokens += sum(len(self.prompts[sequence].tokens) for sequence in pool.joining)
+                shape = 1, num_tokens, stage.hidden_size
+                tensor = torch.empty(shape, dtype=stage.model.dtype, device=self.device)
             case _:
                 raise AssertionError(f"{instruction} is of no generation")
-        return self._group(edge).expect(tensor, edge.source, _tag(instruction, edge))
+        source, _ = self.topology.ends(edge)
+        return self._group(edge).expect(tensor, source, _tag(instruction, edge))
 
     def _send(self, instruction: Instruction, flight: _Flight) -> None:
         edge = instruction.edge
         assert edge is not None, "SEND names an edge"
         tensor = flight.tokens if edge.kind is EdgeKind.TOKEN else flight.hidden
         assert tensor is not None, "what is sent was made before"
-        sending = self._group(edge).send(tensor.contiguous(), edge.target, _tag(instruction, edge))
-        flight.sendings.append(sending)
+        _, target = self.topology.ends(edge)
+        flight.sendings.append(self._group(edge).send(tensor.contiguous(), target, _tag(instruction, edge)))
 
     def _group(self, edge: Edge) -> Group:
-        group = self.home if edge.source == self.stage.num_stages - 1 else self.pipe
-        assert group is not None, "several stages have a pipe"
+        source, _ = self.topology.ends(edge)
+        group = self.home if source == self.topology.num_ranks - 1 else self.pipe
+        assert group is not None, "several ranks have a pipe"
         return group
 
 

@@ -24,22 +24,25 @@ What flows is decided by the kinds of edges, and by nothing else:
     TOKEN        made by SAMPLE                        needed by FORWARD (CLOSE) of the next trip
 
 A program is one list of instructions a rank. Straight from a schedule it has compute only; `lowering` adds the rest.
-Instructions are executed one after the other; an edge within a rank is a hand-off without instructions.
+Instructions are executed one after the other; an edge within a rank is a hand-off without instructions. Two neighbours
+may be co-issued (`par`): neither needs the other, both have what they need before the first begins, and what they make
+is there once both are done. So a rank that cannot run them at once runs them one after the other, in either order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from typing import TypeAlias
 
 import msgpack  # type: ignore[import-untyped]
 
 from ...api.errors import ProgramError
 
-FORMAT = 1
+FORMAT = 2
 """Of a serialised program."""
 
 
@@ -60,6 +63,8 @@ class Op(StrEnum):
     """The optimizer's step, of all stages of the rank."""
 
 
+COMPUTE = frozenset({Op.FORWARD, Op.RECOMPUTE, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT})
+"""What takes a stage's time."""
 COMMUNICATION = frozenset({Op.SEND, Op.RECEIVE})
 BACKWARDS = frozenset({Op.BACKWARD, Op.INPUT_GRADIENT})
 """What makes the gradient of a stage's input."""
@@ -162,6 +167,8 @@ class Instruction:
     edge: Edge | None = None
     trip: int = 0
     """In generation: how many tokens a sequence of the microbatch has got before. A message has its maker's."""
+    is_with_next: bool = False
+    """Co-issued with the next instruction of the rank: see `par`."""
 
     def __str__(self) -> str:
         told = [] if self.stage is None else [str(self.stage)]
@@ -234,15 +241,26 @@ def chained(ranks: Sequence[int], is_generating: bool = False) -> Topology:
     return Topology(stages, tuple(Edge(at, *joint) for at, joint in enumerate(joints)))
 
 
-def _plain(each: Instruction) -> tuple[str, int | None, int | None, int | None, int]:
-    return each.op.value, each.stage, each.microbatch, None if each.edge is None else each.edge.id, each.trip
+def par(one: Instruction, other: Instruction) -> tuple[Instruction, Instruction]:
+    """The two co-issued, as neighbours in a rank's list. Both are of `COMPUTE`, and neither needs the other."""
+    return replace(one, is_with_next=True), other
+
+
+_Plain: TypeAlias = tuple[str, int | None, int | None, int | None, int, bool]
+
+
+def _plain(each: Instruction) -> _Plain:
+    edge = None if each.edge is None else each.edge.id
+    return each.op.value, each.stage, each.microbatch, edge, each.trip, each.is_with_next
 
 
 def _instruction(plain: Sequence[object], topology: Topology) -> Instruction:
-    op, stage, microbatch, edge, trip = plain
+    op, stage, microbatch, edge, trip, is_with_next = plain
     at = None if edge is None else topology.edges[_whole(edge)]
     where, which = (None if each is None else _whole(each) for each in (stage, microbatch))
-    return Instruction(Op(str(op)), where, which, at, _whole(trip))
+    if not isinstance(is_with_next, bool):
+        raise ValueError(f"{is_with_next!r} is neither true nor false")
+    return Instruction(Op(str(op)), where, which, at, _whole(trip), is_with_next)
 
 
 def _whole(number: object) -> int:

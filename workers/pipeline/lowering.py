@@ -10,7 +10,7 @@ verify             the proof that it runs
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -58,9 +58,11 @@ def add_recompute(program: Program) -> Program:
     for instructions in program.ranks:
         changed: list[Instruction] = []
         for each in instructions:
+            is_second = changed[-1:] != [] and changed[-1].is_with_next
+            at = len(changed) - is_second  # before both that are co-issued
             forward = Instruction(Op.FORWARD, each.stage, each.microbatch)
-            if each.op in BACKWARDS and changed[-1:] != [forward]:
-                changed.append(Instruction(Op.RECOMPUTE, each.stage, each.microbatch))
+            if each.op in BACKWARDS and changed[at - 1 : at] != [forward]:
+                changed.insert(at, Instruction(Op.RECOMPUTE, each.stage, each.microbatch))
             changed.append(each)
         ranks.append(tuple(changed))
     return replace(program, ranks=tuple(ranks))
@@ -101,7 +103,8 @@ class _Meetings:
         for instructions, spans in zip(program.ranks, simulate(program, Times()).ranks, strict=True):
             for position, (each, span) in enumerate(zip(instructions, spans, strict=True)):
                 self._ends[each] = span.end
-                self._use.update(dict.fromkeys(self._receives(each), position))
+                is_second = position > 0 and instructions[position - 1].is_with_next
+                self._use.update(dict.fromkeys(self._receives(each), position - is_second))
 
     def ranks(self) -> tuple[tuple[Instruction, ...], ...]:
         while True:
@@ -130,12 +133,17 @@ class _Meetings:
                 if self._ahead(rank) > self._lookahead:
                     return has_moved
                 self._meet(rank)
-            elif self._at[rank] == len(instructions) or self._lacks(instructions[self._at[rank]]):
+            elif self._at[rank] == len(instructions) or any(map(self._lacks, together := self._next(rank))):
                 return has_moved
             else:
                 self._take(rank)
-                self._compute(rank, instructions[self._at[rank]])
+                self._compute(rank, together)
             has_moved = True
+
+    def _next(self, rank: int) -> tuple[Instruction, ...]:
+        """One, or two that are co-issued."""
+        at, instructions = self._at[rank], self._program.ranks[rank]
+        return instructions[at : at + 1 + instructions[at].is_with_next]
 
     def _take(self, rank: int) -> None:
         """What others are about to send to a rank that is about to compute, as far as it looks ahead."""
@@ -143,14 +151,15 @@ class _Meetings:
             while self._outbox[sender] and self._receiver(sender) == rank and self._ahead(sender) <= self._lookahead:
                 self._meet(sender)
 
-    def _compute(self, rank: int, each: Instruction) -> None:
-        self._done[rank].append(each)
-        self._at[rank] += 1
-        for edge in outputs(self._topology, each):
-            if not self._topology.is_local(edge):
-                send = Instruction(Op.SEND, None, each.microbatch, edge, each.trip)
-                self._outbox[rank].append(send)
-                self._ready[send] = self._ends[each]
+    def _compute(self, rank: int, together: Sequence[Instruction]) -> None:
+        self._done[rank] += together
+        self._at[rank] += len(together)
+        for each in together:
+            for edge in outputs(self._topology, each):
+                if not self._topology.is_local(edge):
+                    send = Instruction(Op.SEND, None, each.microbatch, edge, each.trip)
+                    self._outbox[rank].append(send)
+                    self._ready[send] = self._ends[each]
 
     def _lacks(self, each: Instruction) -> bool:
         """Whether the instruction still needs a message."""

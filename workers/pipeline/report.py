@@ -1,4 +1,6 @@
-"""`trainmaster schedule`: a schedule's program, verified; its figures beside the formulas; its picture. Torch-free."""
+"""`trainmaster schedule`: a schedule's program, verified; its figures beside the formulas; its picture. And a line of
+them for `trainmaster graph` and the master's log. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...api.config import Layout, Recompute
 from ...api.errors import ConfigError
 from .drawing import draw
 from .formulas import Formulas, formulas
 from .instructions import Program
-from .lowering import lowered
+from .lowering import lowered, training_program
 from .measured import Planned, mean_times, read
 from .schedules import Kind, schedule
 from .simulate import Figures, Times, figures, peaks, simulate
 
 _MOST = 100_000
 """Forwards of a program: more would take minutes to lay out."""
+_MOST_IN_PASSING = 2_000
+"""The same where nobody asked for it: about a second."""
 _UNCUT = 10_000
 """Columns where no terminal has a say."""
 
@@ -65,11 +70,12 @@ def show(request: Request) -> None:
 
 
 def show_measured(run: str, step: int, out: Path | None) -> None:
-    """A step's timeline beside what its schedule predicts with the same mean times. Raises ConfigError without one."""
+    """A step's timeline, and what its schedule predicts with the same mean times. Raises ConfigError without one."""
     directory = Path(run) if Path(run).is_dir() else Path("runs") / run
     measured = read(directory, step)
     planned, times = measured.planned, mean_times(measured)
-    got, wanted = figures(measured.timeline), figures(simulate(planned.program, times))
+    predicted = simulate(planned.program, times)
+    got, wanted = figures(measured.timeline), figures(predicted)
     title = f"{directory.name}, step {step}: {planned.model}, {planned.kind}, {_size(planned)}"
     table = _columns(
         ("", "measured", "predicted"),
@@ -86,9 +92,28 @@ def show_measured(run: str, step: int, out: Path | None) -> None:
     console.print(table)
     console.print(Text(note, style="dim"))
     if out is not None:
-        told = f"makespan {1e3 * got.makespan:.1f} ms, a bubble of {got.bubble:.1%}; predicted {wanted.bubble:.1%}"
-        out.write_text(draw(measured.timeline, title, [told]), encoding="utf-8")
+        timelines = {_heading("measured", got): measured.timeline, _heading("predicted", wanted): predicted}
+        out.write_text(draw(timelines, title, [note]), encoding="utf-8")
         console.print(Text(f"drew {out}"))
+
+
+def _heading(name: str, found: Figures) -> str:
+    return f"{name}: {1e3 * found.makespan:.1f} ms, a bubble of {found.bubble:.1%}"
+
+
+def foretell(layout: Layout, num_microbatches: int) -> str:
+    """A line on how well a training of so many microbatches fills the pipeline of a layout, and what it holds.
+
+    Empty where there is no pipeline, or where finding out would take long.
+    """
+    if layout.pp == 1 or layout.num_stages * num_microbatches > _MOST_IN_PASSING:
+        return ""
+    is_again = layout.recompute is Recompute.STAGE
+    program = training_program(layout.pp, num_microbatches, Kind(layout.schedule), layout.chunks, is_again)
+    bubble, held = figures(simulate(program, Times())).bubble, peaks(program)
+    what = "chunks" if layout.chunks > 1 else "microbatches"
+    told = f"a bubble of {bubble:.1%}, at most {_listed(each.activations for each in held)} {what} live (by rank)"
+    return told + (f", and inputs of {_listed(each.inputs for each in held)}" if is_again else "")
 
 
 def _size(planned: Planned) -> str:
@@ -120,7 +145,7 @@ def picture(request: Request) -> str:
     told = f"makespan {found.makespan:g}, idle {found.idle:g}: a bubble of {found.bubble:.1%}"
     held = f"peak of live activations by rank: {_listed(each.activations for each in peaks(planned.program))}"
     unit = " (in chunks)" if planned.num_chunks > 1 else ""
-    return draw(simulate(planned.program, planned.times), _title(planned, request.recompute), [told, held + unit])
+    return draw({"": simulate(planned.program, planned.times)}, _title(planned, request.recompute), [told, held + unit])
 
 
 def _plan(request: Request) -> _Planned:

@@ -15,7 +15,8 @@ from .instructions import Instruction, Op, Program, chained
 
 
 class Kind(StrEnum):
-    """Of schedules."""
+    """What `schedule` makes: each `api.config.Schedule`, by its value, and FORWARD, which is no choice of a layout, for
+    inference has it with every schedule."""
 
     GPIPE = "gpipe"
     ONE_F_ONE_B = "1f1b"
@@ -118,31 +119,36 @@ def zb_h1(num_stages: int, num_microbatches: int) -> Program:
     return _program(Kind.ZB_H1, num_microbatches, range(num_stages), ranks)
 
 
-def generation(num_stages: int, trips: Sequence[int]) -> Program:
+def generation(num_ranks: int, trips: Sequence[int], num_chunks: int = 1) -> Program:
     """A ring in which microbatch i takes `trips[i]` trips, one token each, and is closed by the stages in turn.
 
-    At most `num_stages` microbatches are open. Open ones take turns; a closed one gives its place to the next. Turns
-    are the same on every stage, and nothing is computed for a closed one. Which trip is a microbatch's last shows only
-    as it runs: a generation program is made with hindsight, or to prove what any outcome would do.
+    Stage c * num_ranks + r is chunk c of rank r. At most `num_ranks` microbatches are open. Open ones take turns, all
+    of them in one chunk after the other; a closed one gives its place to the next. Turns are the same on every rank,
+    and nothing is computed for a closed one. Which trip is a microbatch's last shows only as it runs: a generation
+    program is made with hindsight, or to prove what any outcome would do.
     """
-    turns: list[tuple[int, int]] = []
-    unopened, open_ones = deque(range(len(trips))), deque[tuple[int, int]]()
-    while unopened or open_ones:
-        has_place = len(open_ones) < num_stages and len(unopened) > 0
-        microbatch, trip = (unopened.popleft(), 0) if has_place else open_ones.popleft()
-        turns.append((microbatch, trip))
-        if trip < trips[microbatch]:
-            open_ones.append((microbatch, trip + 1))
-    ranks = []
-    for stage in range(num_stages):
-        order = []
-        for microbatch, trip in turns:
-            is_live = trip < trips[microbatch]
-            order.append(Instruction(Op.FORWARD if is_live else Op.CLOSE, stage, microbatch, trip=trip))
-            if is_live and stage == num_stages - 1:
-                order.append(Instruction(Op.SAMPLE, stage, microbatch, trip=trip))
-        ranks.append(tuple(order))
-    return Program("generation", len(trips), chained(range(num_stages), is_generating=True), tuple(ranks))
+    unopened = deque((microbatch, 0) for microbatch in range(len(trips)))
+    places = [unopened.popleft() for _ in range(min(num_ranks, len(trips)))]
+    num_stages = num_ranks * num_chunks
+    ranks: list[list[Instruction]] = [[] for _ in range(num_ranks)]
+    while places:
+        turns, places = places, []
+        for microbatch, trip in list(turns):
+            if trip < trips[microbatch]:
+                places.append((microbatch, trip + 1))
+            elif unopened:
+                opened = unopened.popleft()
+                turns.insert(turns.index((microbatch, trip)) + 1, opened)
+                places.append((opened[0], 1))
+        for stage in range(num_stages):
+            order = ranks[stage % num_ranks]
+            for microbatch, trip in turns:
+                is_live = trip < trips[microbatch]
+                order.append(Instruction(Op.FORWARD if is_live else Op.CLOSE, stage, microbatch, trip=trip))
+                if is_live and stage == num_stages - 1:
+                    order.append(Instruction(Op.SAMPLE, stage, microbatch, trip=trip))
+    topology = chained(list(range(num_ranks)) * num_chunks, is_generating=True)
+    return Program("generation", len(trips), topology, tuple(map(tuple, ranks)))
 
 
 def _groups(num_ranks: int, num_microbatches: int) -> list[range]:

@@ -1,17 +1,18 @@
 """When each instruction of a program runs, for given durations; and what the timeline says of it. Pure.
 
 The model: a rank runs its instructions one after the other. SEND and RECEIVE begin a transfer and take no time; the
-message is there `communication` after its SEND, and what uses it waits for it. REDUCE and STEP take no time.
+message is there `communication` after its SEND, and what uses it waits for it. REDUCE and STEP take no time. Two that
+are co-issued begin and end together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from .dependencies import Dependencies, Place, advance, find, places_of
-from .instructions import BACKWARDS, COMMUNICATION, Instruction, Op, Program
-
-_COMPUTE = frozenset({Op.FORWARD, Op.RECOMPUTE, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT})
+from .dependencies import Dependencies, Place, advance, find, joined, keys_of, places_of
+from .instructions import BACKWARDS, COMMUNICATION, COMPUTE, Instruction, Op, Program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class Times:
     weight_gradient: float = 1.0
     communication: float = 0.0
     """From the end of a send until the message is there."""
+    pair: float | None = None
+    """Of a forward and a backward that are co-issued. None: their sum, which is what any other two take."""
 
     @property
     def backward(self) -> float:
@@ -86,48 +89,70 @@ class Peaks:
 def simulate(program: Program, times: Times) -> Timeline:
     """The timeline of a verified program. Without communication in it, results reach other ranks by themselves."""
     is_silent = not any(each.op in COMMUNICATION for rank in program.ranks for each in rank)
-    dependencies = find(program, places_of(program), is_silent)
-    share = program.topology.num_ranks / program.topology.num_replica_groups
-    costs = dict.fromkeys(Op, 0.0) | {
+    keys = keys_of(program)
+    dependencies = find(program, keys, places_of(program, keys), is_silent)
+    costs = [_costs(instructions, times, _share(program)) for instructions in program.ranks]
+    delays = dict.fromkeys(Op, times.communication) | {Op.REDUCE: 0.0}
+    ends = advance(program, _until_used(dependencies), costs, delays)
+    return Timeline(tuple(map(_spans, program.ranks, costs, ends)))
+
+
+def _share(program: Program) -> float:
+    """Of a rank's time in a plain chain that one stage takes here."""
+    return program.topology.num_ranks / program.topology.num_replica_groups
+
+
+def _costs(instructions: Sequence[Instruction], times: Times, share: float) -> list[float]:
+    """By position. Of two that are co-issued, the first has both."""
+    by_op = dict.fromkeys(Op, 0.0) | {
         Op.FORWARD: times.forward * share,
         Op.RECOMPUTE: times.forward * share,
         Op.BACKWARD: times.backward * share,
         Op.INPUT_GRADIENT: times.input_gradient * share,
         Op.WEIGHT_GRADIENT: times.weight_gradient * share,
     }
-    delays = dict.fromkeys(Op, times.communication) | {Op.REDUCE: 0.0}
-    ends = advance(program, _until_used(dependencies), costs, delays)
-    return Timeline(
-        tuple(
-            tuple(Span(each, end - costs[each.op], end) for each, end in zip(instructions, ends_of_rank, strict=True))
-            for instructions, ends_of_rank in zip(program.ranks, ends, strict=True)
-        )
-    )
+    costs = [by_op[each.op] for each in instructions]
+    for position, each in enumerate(instructions):
+        if each.is_with_next:
+            both = costs[position] + costs[position + 1]
+            if times.pair is not None and {each.op, instructions[position + 1].op} == {Op.FORWARD, Op.BACKWARD}:
+                both = times.pair * share
+            costs[position : position + 2] = both, 0.0
+    return costs
 
 
-def _until_used(dependencies: Dependencies) -> list[list[tuple[Place, ...]]]:
+def _spans(instructions: Sequence[Instruction], costs: Sequence[float], ends: Sequence[float]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for each, cost, end in zip(instructions, costs, ends, strict=True):
+        is_second = len(spans) > 0 and spans[-1].instruction.is_with_next
+        spans.append(Span(each, spans[-1].start if is_second else end - cost, end))
+    return tuple(spans)
+
+
+def _until_used(dependencies: Dependencies) -> list[list[Sequence[Place]]]:
     """What instructions wait for, if a RECEIVE only begins to receive."""
-    waits: list[list[tuple[Place, ...]]] = []
+    waits: list[list[Sequence[Place]]] = []
     for rank, instructions in enumerate(dependencies.program.ranks):
         own, foreign = dependencies.own[rank], dependencies.foreign[rank]
         waits.append([])
         for position, each in enumerate(instructions):
-            places = () if each.op is Op.RECEIVE else foreign[position]
+            places = [] if each.op is Op.RECEIVE else list(foreign[position])
             for at in own[position]:
                 if instructions[at].op is Op.RECEIVE:
                     places += foreign[at]
             waits[-1].append(places)
-    return waits
+    return joined(dependencies.program, waits)
 
 
 def figures(timeline: Timeline) -> Figures:
-    """Of any timeline with compute on each rank."""
+    """Of any timeline with compute on each rank. Time that two instructions share is counted once."""
     firsts, lasts, busy = [], [], []
     for rank in timeline.ranks:
-        compute = [span for span in rank if span.instruction.op in _COMPUTE]
+        compute = [span for span in rank if span.instruction.op in COMPUTE]
         firsts.append(min(span.start for span in compute))
         lasts.append(max(span.end for span in compute))
-        busy.append(sum(span.end - span.start for span in compute))
+        ends = accumulate((span.end for span in compute), max, initial=firsts[-1])
+        busy.append(sum(max(span.end - max(span.start, end), 0.0) for span, end in zip(compute, ends, strict=False)))
     makespan = max(lasts) - min(firsts)
     idle = makespan - sum(busy) / len(busy)
     own, rest = max((last - first, -work) for first, last, work in zip(firsts, lasts, busy, strict=True))
@@ -136,12 +161,12 @@ def figures(timeline: Timeline) -> Figures:
 
 
 def peaks(program: Program) -> tuple[Peaks, ...]:
-    """By rank. They follow from the order of instructions alone."""
+    """By rank. They follow from the order of instructions alone; two that are co-issued both hold what each holds."""
     found = []
     recomputed = {(each.stage, each.microbatch) for rank in program.ranks for each in rank if each.op is Op.RECOMPUTE}
     has_gradients = any(each.op in BACKWARDS for rank in program.ranks for each in rank)
     for instructions in program.ranks:
-        live = most_live = inputs = most_inputs = 0
+        live = most_live = inputs = most_inputs = freed = 0
         for each in instructions if has_gradients else ():
             match each.op:
                 case Op.FORWARD:
@@ -150,7 +175,9 @@ def peaks(program: Program) -> tuple[Peaks, ...]:
                 case Op.RECOMPUTE:
                     live, inputs = live + 1, inputs - 1
                 case Op.BACKWARD | Op.WEIGHT_GRADIENT:
-                    most_live, live = max(most_live, live), live - 1
+                    freed += 1
             most_live, most_inputs = max(most_live, live), max(most_inputs, inputs)
+            if not each.is_with_next:
+                live, freed = live - freed, 0
         found.append(Peaks(most_live, most_inputs))
     return tuple(found)

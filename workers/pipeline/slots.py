@@ -4,14 +4,14 @@
     pool of microbatch 1   | k | l | m |   |        waiting: e f g ...
 
 A *slot* has room for the longest that any sequence may grow to; a *pool* is the slots of one open microbatch. There are
-as many pools as stages (as microbatches, if they are fewer), which fills the pipe. Two ways to go on from here:
+as many pools as pipeline ranks (as microbatches, if they are fewer), which fills the pipe. Two ways to go on from here:
 
     max_tokens is None   A microbatch stays by itself; one that has ended gives its place to the next as a whole.
     max_tokens = n       Continuous batching. A pool has as many slots as n tokens have room for, and a slot that gets
                          free is taken at once by whoever waits longest: the rest of the first microbatches, if they
                          did not fit, and then all others, in their order.
 
-Every stage decides by itself what is decided here, from what it was told at the start and from the *marks* that come
+Every rank decides by itself what is decided here, from what it was told at the start and from the *marks* that come
 with each trip, so all find the same without a message of their own. Invariants: every sequence gets one slot, once; a
 pool's slots times their room is at most `max_tokens`; live sequences are rows 0 to n-1.
 """

@@ -9,25 +9,28 @@ What holds of a program that passes, by the numbers of the invariants in docs/pi
    a receive before its use, a send after what it sends.
 3. The messages between two ranks, of one kind, are received as they are sent; none is left.
 4. It comes to its end, both if sends never wait and if each waits for its receive.
+5. Two that are co-issued are compute, and neither waits for the other, also not by way of other ranks.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import zip_longest
+from collections.abc import Collection, Sequence
 
 from ...api.errors import ProgramError
-from .dependencies import Channels, Dependencies, advance, find, key_of, places_of
-from .instructions import COMMUNICATION, EdgeKind, Instruction, Op, Program, Topology
+from .dependencies import Channels, Dependencies, Key, advance, find, keys_of, places_of
+from .instructions import COMMUNICATION, COMPUTE, EdgeKind, Instruction, Op, Program, Topology
 
-_NO_TIME = dict.fromkeys(Op, 0.0)
+_NO_DELAYS = dict.fromkeys(Op, 0.0)
 _GRADIENTS = frozenset({Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT})
+_OF_A_MICROBATCH = COMPUTE | {Op.SAMPLE, Op.CLOSE}
+"""What a stage does with one."""
 
 
 def verify(program: Program) -> None:
     """Raises ProgramError that names the first instruction that cannot run, is missing, doubled or out of place."""
     dependencies = _in_order(program, is_silent=False)
-    _check_channels(program)
+    _check_channels(dependencies)
     # all that waits with buffered channels waits with a rendezvous, too: what ends with the latter ends with both
     if _stuck(dependencies, Channels.RENDEZVOUS):
         _check_end(dependencies, Channels.BUFFERED)
@@ -45,19 +48,16 @@ def verify_compute(program: Program) -> None:
 
 def _in_order(program: Program, is_silent: bool) -> Dependencies:
     _check_topology(program)
-    for rank, instructions in enumerate(program.ranks):
-        for each in instructions:
-            _check_place(program, each, rank)
-    places = places_of(program)
-    _check_counts(program)
-    _check_ends(program)
-    dependencies = find(program, places, is_silent)
-    for rank, instructions in enumerate(program.ranks):
-        for position, needed in enumerate(dependencies.own[rank]):
-            late = [at for at in needed if at >= position]
-            if late:
-                each, before = instructions[position], instructions[late[0]]
-                raise ProgramError(f"{program.name}: {each} in rank {rank} stands before {before}, which it needs")
+    keys = keys_of(program)
+    for rank in range(len(program.ranks)):
+        _check_places(program, keys[rank], rank)
+    places = places_of(program, keys)
+    is_training = any(key[0] in _GRADIENTS for keys_of_rank in keys for key in keys_of_rank)
+    _check_counts(program, keys, is_training)
+    _check_ends(program, keys, is_training)
+    dependencies = find(program, keys, places, is_silent)
+    for rank in range(len(program.ranks)):
+        _check_pairs(dependencies, rank)
     return dependencies
 
 
@@ -80,60 +80,100 @@ def _check_topology(program: Program) -> None:
         raise ProgramError(f"{program.name}: {program.num_microbatches} microbatches, where one is the least")
 
 
-def _check_place(program: Program, each: Instruction, rank: int) -> None:
-    """It names what its op needs, and that is at home on this rank."""
-    topology, edge, stage, fits = program.topology, each.edge, each.stage, False
+def _check_places(program: Program, keys: Sequence[Key], rank: int) -> None:
+    """Each names what its op needs, and that is at home on this rank."""
+    edges, count = program.topology.edges, program.num_microbatches
+    fitting: dict[tuple[Op, int | None, int, bool], bool] = {}
+    for each, (op, where, microbatch, trip) in zip(program.ranks[rank], keys, strict=True):
+        edge = each.edge
+        named = op, each.stage, where, edge is None
+        fits = fitting.get(named)
+        if fits is None:
+            fits = fitting[named] = _fits(program.topology, each, rank)
+        if op is Op.STEP or op is Op.REDUCE:
+            fits = fits and each.microbatch is None and trip == 0
+        else:
+            fits = fits and 0 <= microbatch < count and trip >= 0
+        if not fits or (edge is not None and edge is not edges[where] and edge != edges[where]):
+            raise ProgramError(
+                f"{program.name}: {each} cannot stand in rank {rank} of {len(program.ranks)}, with {count} microbatches"
+            )
+
+
+def _fits(topology: Topology, each: Instruction, rank: int) -> bool:
+    """Whether its stage or edge is one for its op, and for this rank."""
+    edge, stage = each.edge, each.stage
     if each.op is Op.STEP:
-        fits = stage is None and edge is None
-    elif each.op not in COMMUNICATION:
-        if edge is None and stage is not None and 0 <= stage < len(topology.stages):
-            fits = topology.stages[stage].rank == rank
-    elif stage is None and edge is not None and 0 <= edge.id < len(topology.edges):
-        source, target = topology.ends(topology.edges[edge.id])
-        fits = source != target and rank == (source if each.op is Op.SEND else target)
-        fits = fits and (topology.edges[edge.id] is edge or topology.edges[edge.id] == edge)
-    if each.op in (Op.STEP, Op.REDUCE):
-        fits = fits and each.microbatch is None and each.trip == 0
-    else:
-        fits = fits and each.microbatch is not None and 0 <= each.microbatch < program.num_microbatches
-    if not fits or each.trip < 0:
-        raise ProgramError(
-            f"{program.name}: {each} cannot stand in rank {rank} of {len(program.ranks)}, "
-            f"with {program.num_microbatches} microbatches"
-        )
+        return stage is None and edge is None
+    if each.op not in COMMUNICATION:
+        is_there = edge is None and stage is not None and 0 <= stage < len(topology.stages)
+        return is_there and topology.stages[stage or 0].rank == rank
+    if stage is not None or edge is None or not 0 <= edge.id < len(topology.edges):
+        return False
+    source, target = topology.ends(topology.edges[edge.id])
+    return source != target and rank == (source if each.op is Op.SEND else target)
 
 
-_Found = dict[tuple[int, int], set[tuple[Op, int]]]
-"""By stage and microbatch: the ops that stand, with their trips."""
+def _check_pairs(dependencies: Dependencies, rank: int) -> None:
+    """What is co-issued is two of compute, and the second does not need the first."""
+    program = dependencies.program
+    instructions = program.ranks[rank]
+    for position, each in enumerate(instructions):
+        if not each.is_with_next:
+            continue
+        rule = f"{program.name}: {each} in rank {rank} cannot be co-issued"
+        if position + 1 == len(instructions):
+            raise ProgramError(f"{rule}: nothing follows it")
+        other = instructions[position + 1]
+        if not {each.op, other.op} <= COMPUTE:
+            raise ProgramError(f"{rule} with {other}: both must be of {', '.join(sorted(COMPUTE))}")
+        if other.is_with_next:
+            raise ProgramError(f"{rule} with {other}, which is co-issued with the next already")
+        if position in dependencies.own[rank][position + 1]:
+            raise ProgramError(f"{rule} with {other}, which needs it")
 
 
-def _check_counts(program: Program) -> None:
+_Found = tuple[tuple[Op, int], ...]
+"""Ops that a stage has for a microbatch, with their trips."""
+
+
+def _check_counts(program: Program, keys: Sequence[Sequence[Key]], is_training: bool) -> None:
     """Everything once; nothing stands twice, that is known."""
-    topology = program.topology
-    found: _Found = {(stage.id, at): set() for stage in topology.stages for at in range(program.num_microbatches)}
-    for rank in program.ranks:
-        for each in rank:
-            if each.stage is not None and each.microbatch is not None:
-                found[each.stage, each.microbatch].add((each.op, each.trip))
-    is_training = any(each.op in _GRADIENTS for rank in program.ranks for each in rank)
+    topology, count = program.topology, program.num_microbatches
+    listed: list[list[list[tuple[Op, int]]]] = [[[] for _ in range(count)] for _ in topology.stages]
+    for keys_of_rank in keys:
+        for op, where, microbatch, trip in keys_of_rank:
+            if op in _OF_A_MICROBATCH:
+                listed[where][microbatch].append((op, trip))
+    found = [[tuple(ops) for ops in by_microbatch] for by_microbatch in listed]
     groups: dict[int, list[int]] = {}
     for each_stage in topology.stages:
         groups.setdefault(each_stage.replica_group, []).append(each_stage.id)
+    known: set[tuple[int, _Found]] = set()
     for stages in groups.values():
-        for microbatch in range(program.num_microbatches):
-            takers = [stage for stage in stages if (Op.FORWARD, 0) in found[stage, microbatch]]
+        for microbatch in range(count):
+            takers = [stage for stage in stages if (Op.FORWARD, 0) in found[stage][microbatch]]
             if not takers:
                 raise _miscounted(program, Op.FORWARD, stages[0], microbatch, 0, is_there=False)
             if takers[1:]:
                 raise _miscounted(program, Op.FORWARD, takers[1], microbatch, 0, is_there=True)
             for stage in stages:
-                here = found[stage, microbatch]
+                ops = found[stage][microbatch]
+                if stage == takers[0] and (stage, ops) in known:
+                    continue
+                here = set(ops)
                 wanted = _wanted(topology, stage, here, is_training) if stage == takers[0] else set()
                 for op, trip in sorted(here ^ wanted):
                     raise _miscounted(program, op, stage, microbatch, trip, is_there=(op, trip) in here)
-    for edge in topology.edges:
-        for microbatch in range(program.num_microbatches):
-            source, target = (_num_trips(found[stage, microbatch]) for stage in (edge.source, edge.target))
+                known.add((stage, ops))
+    _check_trips(program, found)
+
+
+def _check_trips(program: Program, found: Sequence[Sequence[_Found]]) -> None:
+    """Stages that an edge joins see a microbatch as often."""
+    num_trips = [[_num_trips(ops) for ops in by_microbatch] for by_microbatch in found]
+    for edge in program.topology.edges:
+        for microbatch, (source, target) in enumerate(zip(num_trips[edge.source], num_trips[edge.target], strict=True)):
             if source != target:
                 raise ProgramError(
                     f"{program.name}: microbatch {microbatch} goes forward {source} times through stage {edge.source}, "
@@ -141,7 +181,7 @@ def _check_counts(program: Program) -> None:
                 )
 
 
-def _num_trips(found: set[tuple[Op, int]]) -> int:
+def _num_trips(found: Collection[tuple[Op, int]]) -> int:
     return [op for op, _ in found].count(Op.FORWARD)
 
 
@@ -167,49 +207,53 @@ def _miscounted(program: Program, op: Op, stage: int, microbatch: int, trip: int
     return ProgramError(f"{program.name}: {instruction} {rule.format(rank)}")
 
 
-def _check_ends(program: Program) -> None:
+def _check_ends(program: Program, keys: Sequence[Sequence[Key]], is_training: bool) -> None:
     """REDUCE once a stage, after its last gradient; STEP once, as the last instruction. Or neither of them."""
-    is_training = any(each.op in _GRADIENTS for rank in program.ranks for each in rank)
-    for rank, instructions in enumerate(program.ranks):
-        steps = [at for at, each in enumerate(instructions) if each.op is Op.STEP]
-        if steps != ([len(instructions) - 1] if is_training else []):
+    for rank, keys_of_rank in enumerate(keys):
+        steps: list[int] = []
+        last: dict[int, int] = {}
+        reduces: dict[int, int] = {}
+        for position, (op, where, _, _) in enumerate(keys_of_rank):
+            if op in _GRADIENTS:
+                last[where] = position
+            elif op is Op.REDUCE:
+                reduces[where] = position
+            elif op is Op.STEP:
+                steps.append(position)
+        if steps != ([len(keys_of_rank) - 1] if is_training else []):
             rule = "must end in one step" if is_training else "has no gradients to step with"
-            raise ProgramError(f"{program.name}: rank {rank} {rule}, but has steps at {steps} of {len(instructions)}")
-        last: dict[int | None, int] = {}
-        reduces: dict[int | None, int] = {}
-        for position, each in enumerate(instructions):
-            if each.op in _GRADIENTS:
-                last[each.stage] = position
-            elif each.op is Op.REDUCE:
-                reduces[each.stage] = position
+            raise ProgramError(f"{program.name}: rank {rank} {rule}, but has steps at {steps} of {len(keys_of_rank)}")
         for stage in program.topology.stages_of(rank):
             reduce = Instruction(Op.REDUCE, stage.id)
             if (stage.id in reduces) != is_training:
                 rule = "stands nowhere in" if is_training else "has no gradients in"
                 raise ProgramError(f"{program.name}: {reduce} {rule} rank {rank}")
             if is_training and reduces[stage.id] < last.get(stage.id, -1):
-                late = instructions[last[stage.id]]
+                late = program.ranks[rank][last[stage.id]]
                 raise ProgramError(f"{program.name}: {reduce} in rank {rank} stands before {late}, which it needs")
 
 
-def _check_channels(program: Program) -> None:
+def _check_channels(dependencies: Dependencies) -> None:
     """Between two ranks, messages of a kind are received as they are sent."""
-    sent: dict[tuple[int, int, EdgeKind], list[Instruction]] = defaultdict(list)
-    received: dict[tuple[int, int, EdgeKind], list[Instruction]] = defaultdict(list)
-    for instructions in program.ranks:
-        for each in instructions:
-            if each.edge is not None:
-                side = sent if each.op is Op.SEND else received
-                side[*program.topology.ends(each.edge), each.edge.kind].append(each)
-    for channel, sends in sent.items():
-        for send, receive in zip_longest(sends, received[channel]):
-            if receive is None:
-                raise ProgramError(f"{program.name}: {send} in rank {channel[0]} is never received")
-            # each has its SEND: there are no more of them
-            if key_of(send)[1:] != key_of(receive)[1:]:
+    program, messages = dependencies.program, dependencies.messages
+    name, ranks = program.name, program.ranks
+    channels: dict[tuple[int, int, EdgeKind], list[tuple[int, int]]] = defaultdict(list)
+    for (source, sent), (target, received) in messages:
+        edge = ranks[target][received].edge
+        assert edge is not None, "a RECEIVE names its edge"
+        channels[source, target, edge.kind].append((sent, received))
+    for (source, target, _), turns in channels.items():
+        for due, (sent, received) in zip(sorted(sent for sent, _ in turns), turns, strict=True):
+            if sent != due:
                 raise ProgramError(
-                    f"{program.name}: {receive} in rank {channel[1]} is out of turn: rank {channel[0]} comes to {send}"
+                    f"{name}: {ranks[target][received]} in rank {target} is out of turn: "
+                    f"rank {source} comes to {ranks[source][due]}"
                 )
+    if len(messages) < sum(key[0] is Op.SEND for key in dependencies.places):
+        taken = {send for send, _ in messages}
+        for key, (rank, position) in dependencies.places.items():
+            if key[0] is Op.SEND and (rank, position) not in taken:
+                raise ProgramError(f"{name}: {ranks[rank][position]} in rank {rank} is never received")
 
 
 def _check_end(dependencies: Dependencies, channels: Channels) -> None:
@@ -221,7 +265,7 @@ def _check_end(dependencies: Dependencies, channels: Channels) -> None:
 def _stuck(dependencies: Dependencies, channels: Channels) -> list[str]:
     """Where ranks get no further, and behind what."""
     program, waits = dependencies.program, dependencies.waits(channels)
-    ends = advance(program, waits, _NO_TIME, _NO_TIME)
+    ends = advance(program, waits, [[0.0] * len(each) for each in program.ranks], _NO_DELAYS)
     stuck = []
     for rank, instructions in enumerate(program.ranks):
         position = len(ends[rank])

@@ -216,10 +216,3 @@ def test_evaluations_are_checked_too():
         CompiledExperiment(
             run=RunOptions(), models=MODELS, training=fed(TRAIN), evaluations=(fed(train(model="critic")),)
         )
-
-
-def test_a_model_in_chunks_does_not_generate():
-    chunked = replace(TRAINED, model=replace(TRAINED.model, layout=Layout(pp=2, schedule="interleaved", chunks=2)))
-    call = train(kind=CallKind.GENERATE, settings=Generation(sampling=SAMPLING), inputs=("prompt",), model="actor")
-    with pytest.raises(ConfigError, match=r"layout\.chunks = 2: graph g, call .* generates with actor, and this"):
-        compiled(call, actor=chunked)

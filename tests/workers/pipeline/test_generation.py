@@ -213,7 +213,7 @@ def test_over_gloo(qwen3):
     def on(stage):
         own = join_store("127.0.0.1", port, DEADLINE)
         pipe = form_group(own, "pipe", range(3), stage.index, CPU, "127.0.0.1", DEADLINE)
-        return generate(stage, pipe, microbatches, RANDOM, stop_ids, 5, CPU)
+        return generate([stage], pipe, microbatches, RANDOM, stop_ids, 5, CPU)
 
     with ThreadPoolExecutor(3) as threads:
         *others, responses = threads.map(on, stages)
@@ -221,6 +221,66 @@ def test_over_gloo(qwen3):
     assert others == [None, None]
     wanted = run(qwen3.stages(1), microbatches, RANDOM, stop_ids, seed=5)
     assert [each.tokens.tolist() for each in responses] == [each.tokens.tolist() for each in wanted]
+
+
+# -- several stages a rank --------------------------------------------------------------------------------------------
+
+CHUNKS = [(2, 2), (1, 3), (3, 1), (1, 2)]
+"""Ranks, and stages of each."""
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 5])
+@pytest.mark.parametrize(("num_ranks", "num_chunks"), CHUNKS)
+def test_chunks_change_no_token_and_compute_nothing_in_vain(qwen3, num_ranks, num_chunks, num_microbatches):
+    stages, microbatches = qwen3.stages(num_ranks * num_chunks), qwen3.microbatches(num_microbatches)
+    computed = [[] for _ in stages]
+    for stage, sizes in zip(stages, computed, strict=True):
+        count_forwards(stage, sizes)
+    for sampling, max_tokens in ((GREEDY, None), (RANDOM, None), (RANDOM, 2 * ROOM)):
+        wanted = run(qwen3.stages(1), [qwen3.prompts], sampling, qwen3.stop_ids, seed=5)
+        limits = Round(max_tokens=max_tokens)
+        got = run(stages, microbatches, sampling, qwen3.stop_ids, 5, limits=limits, num_chunks=num_chunks)
+        assert as_lists(got) == as_lists(wanted)
+        num_tokens = sum(LENGTHS) + sum(len(response.tokens) - 1 for response in got)
+        assert [sum(sizes) for sizes in computed] == [num_tokens] * len(stages)
+        for sizes in computed:
+            sizes.clear()
+
+
+def test_greedy_responses_in_chunks_equal_transformers(whole_of):
+    for model_type in ("gemma2", "deepseek_v3"):  # of four layers
+        whole = whole_of(model_type)
+        responses = run(whole.stages(4), whole.microbatches(5), GREEDY, whole.stop_ids, num_chunks=2)
+        assert [each.tokens.tolist() for each in responses] == [cut_at(each, whole.stop_ids) for each in whole.greedy]
+
+
+def test_all_that_the_last_rank_sends_to_the_first_goes_home(qwen3):
+    pipe, home = Channels(), Channels()
+    stages, microbatches = qwen3.stages(4), qwen3.microbatches(5)
+    responses = run(stages, microbatches, GREEDY, qwen3.stop_ids, channels=pipe, home=home, num_chunks=2)
+    assert [each.tokens.tolist() for each in responses] == [cut_at(each, qwen3.stop_ids) for each in qwen3.greedy]
+    assert {key[:2] for key in home.queues} == {(1, 0)}
+    assert {key[:2] for key in pipe.queues} == {(0, 1)}
+
+
+def test_a_rank_with_chunks_holds_no_more_microbatches_than_there_are_ranks(qwen3, monkeypatch):
+    held, counts = {}, []
+
+    class Counted(KVCache):
+        def __init__(self, num_rows, max_length):
+            super().__init__(num_rows, max_length)
+            caches = held.setdefault(threading.get_ident(), weakref.WeakSet())
+            caches.add(self)
+            counts.append(len(caches))
+
+    monkeypatch.setattr(generation, "KVCache", Counted)
+    run(qwen3.stages(4), qwen3.microbatches(5), GREEDY, qwen3.stop_ids, num_chunks=2)
+    assert max(counts) == 2 * 2
+
+
+def test_a_rank_without_its_own_stages_is_refused(qwen3):
+    with pytest.raises(AssertionError, match="rank 0 of 1 holds other stages than its own"):
+        generate(qwen3.stages(2)[1:], None, [qwen3.prompts], GREEDY, [], 0, CPU)
 
 
 def test_half_precision_does_not_depend_on_the_stages():
@@ -323,5 +383,5 @@ def test_a_prompt_that_outgrows_the_budget_is_refused(qwen3):
 def test_greedy_responses_do_not_depend_on_the_device(whole):
     device = torch.device("cuda")
     stage = load_stage(whole.directory, 0, 1, device)
-    responses = generate(stage, None, whole.microbatches(2), GREEDY, whole.stop_ids, 0, device)
+    responses = generate([stage], None, whole.microbatches(2), GREEDY, whole.stop_ids, 0, device)
     assert [each.tokens.tolist() for each in responses] == [cut_at(each, whole.stop_ids) for each in whole.greedy]

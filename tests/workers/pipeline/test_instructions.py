@@ -24,7 +24,7 @@ def programs(draw: st.DrawFn) -> Program:
         kind = draw(st.sampled_from(list(Kind)))
         recompute = draw(st.booleans()) and kind is not Kind.FORWARD
         return lowered(schedule(kind, p, m, v), recompute)
-    return lowered(generation(p, draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))))
+    return lowered(generation(p, draw(st.lists(st.integers(1, 4), min_size=1, max_size=6)), v))
 
 
 @given(programs())
@@ -49,7 +49,8 @@ def test_any_change_changes_the_digest(program: Program, data: st.DataObject):
     rank = data.draw(st.sampled_from([rank for rank, each in enumerate(program.ranks) if each]))
     at = data.draw(st.integers(0, len(program.ranks[rank]) - 1))
     each = program.ranks[rank][at]
-    changed = data.draw(st.sampled_from([None, replace(each, trip=each.trip + 1), replace(each, microbatch=99)]))
+    changes = [None, replace(each, trip=each.trip + 1), replace(each, microbatch=99), replace(each, is_with_next=True)]
+    changed = data.draw(st.sampled_from(changes))
     instructions = [*program.ranks[rank][:at], *([changed] if changed else []), *program.ranks[rank][at + 1 :]]
     other = replace(program, ranks=(*program.ranks[:rank], tuple(instructions), *program.ranks[rank + 1 :]))
     assert other.digest != program.digest
@@ -76,11 +77,13 @@ def test_bytes_that_are_no_program_are_refused():
         msgpack.packb([form, name, True, stages, edges, ranks]),
         msgpack.packb([form, name, m, [[0, -1], *stages[1:]], edges, ranks]),
         msgpack.packb([form, name, m, stages, [[0, 1, "love"], *edges[1:]], ranks]),
-        msgpack.packb([form, name, m, stages, edges, [[["jump", 0, 0, None, 0]], *ranks[1:]]]),
-        msgpack.packb([form, name, m, stages, edges, [[["send", None, 0, 99, 0]], *ranks[1:]]]),
-        msgpack.packb([form, name, m, stages, edges, [[["send", None, 0, -1, 0]], *ranks[1:]]]),
-        msgpack.packb([form, name, m, stages, edges, [[["forward", 0.0, 0, None, 0]], *ranks[1:]]]),
-        msgpack.packb([form, name, m, stages, edges, [[["forward", 0, 0, None]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["jump", 0, 0, None, 0, False]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["send", None, 0, 99, 0, False]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["send", None, 0, -1, 0, False]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["forward", 0.0, 0, None, 0, False]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["forward", 0, 0, None, 0]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["forward", 0, 0, None, 0, 1]], *ranks[1:]]]),
+        msgpack.packb([form, name, m, stages, edges, [[["forward", 0, 0, None, True, False]], *ranks[1:]]]),
         msgpack.packb([form, name, m, stages, edges, 3]),
     ]
     for each in wrong:

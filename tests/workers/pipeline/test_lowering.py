@@ -213,12 +213,12 @@ def anything(draws: random.Random, num_ranks: int, num_stages: int, m: int, is_s
     return Program("anything", m, topology, tuple(map(tuple, order)))
 
 
-@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=1, max_size=8))
+@given(st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(1, 5), min_size=1, max_size=8))
 @settings(max_examples=80, deadline=None)
-def test_generation_is_verified_whatever_ends_when(p: int, trips: list[int]):
-    program = lowered(generation(p, trips))
+def test_generation_is_verified_whatever_ends_when(p: int, v: int, trips: list[int]):
+    program = lowered(generation(p, trips, v))
     closes = [each for rank in program.ranks for each in rank if each.op is Op.CLOSE]
-    assert len(closes) == p * len(trips)
+    assert len(closes) == p * v * len(trips)
 
 
 def test_a_schedule_that_cannot_run_is_refused_before_anything_is_added():

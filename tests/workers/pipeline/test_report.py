@@ -9,9 +9,11 @@ from xml.etree import ElementTree
 
 import pytest
 from trainmaster.__main__ import main
+from trainmaster.api.config import Layout
 from trainmaster.workers.pipeline.drawing import draw
 from trainmaster.workers.pipeline.instructions import Instruction, Op
 from trainmaster.workers.pipeline.lowering import lowered
+from trainmaster.workers.pipeline.report import foretell
 from trainmaster.workers.pipeline.schedules import Kind, schedule
 from trainmaster.workers.pipeline.simulate import Span, Timeline, Times, simulate
 
@@ -60,6 +62,13 @@ def test_the_figures_of_interleaving(capsys: pytest.CaptureFixture[str]):
     assert rows["idle, all ranks from first to last"] == ["22.5", "22.5"]
     assert rows["bubble, all ranks"] == ["15.79%", "15.79%"]
     assert rows["live activations at most in chunks, by rank"] == ["11 9 7 5", "11 9 7 5"]
+
+
+def test_the_docs_show_what_is_printed_now(capsys: pytest.CaptureFixture[str]):
+    arguments = ["--kind", "interleaved", "--stages", "4", "--microbatches", "8", "--chunks", "2", "--times", "5,6,4"]
+    assert run(*arguments) == 0
+    printed = "".join(f"    {line.rstrip()}\n" for line in capsys.readouterr().out.splitlines())
+    assert printed in (DOCS / "pipelines.md").read_text(encoding="utf-8")
 
 
 def test_where_a_formula_does_not_hold_it_says_so(capsys: pytest.CaptureFixture[str]):
@@ -115,6 +124,16 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "unrecognized arguments: --model.layout.pp 2" in capsys.readouterr().err
 
 
+def test_a_layout_is_foretold_in_a_line():
+    assert foretell(Layout(pp=4), 8) == "a bubble of 27.3%, at most 4 3 2 1 microbatches live, by rank"
+    chunks = Layout(pp=4, schedule="interleaved", chunks=2)
+    assert foretell(chunks, 8) == "a bubble of 15.8%, at most 11 9 7 5 chunks live, by rank"
+    again = foretell(Layout(pp=2, schedule="gpipe", recompute=True), 4)
+    assert again.endswith("at most 1 1 microbatches live, by rank, and inputs of 4 4")
+    assert foretell(Layout(), 8) == ""
+    assert foretell(Layout(pp=8), 10_000) == "", "it would take long"
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +171,7 @@ def test_the_picture_is_the_timeline(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_later_chunks_are_paler():
-    picture = ElementTree.fromstring(draw(simulate(schedule(Kind.INTERLEAVED, 2, 2, 3), Times()), "three"))
+    picture = ElementTree.fromstring(draw({"": simulate(schedule(Kind.INTERLEAVED, 2, 2, 3), Times())}, "three"))
     assert {box.get("fill-opacity") for row in boxes(picture) for box in row} == {None, "0.675", "0.35"}
     assert "paler: later chunks" in [text.text for text in picture.iter(f"{SVG}text")]
 
@@ -160,10 +179,26 @@ def test_later_chunks_are_paler():
 def test_a_measured_timeline_is_drawn_from_its_own_beginning():
     """Seconds of a clock, one instruction far shorter than the rest."""
     spans = [Span(Instruction(Op.FORWARD, 0, at), 1e6 + at, 1e6 + at + (1e-6 if at == 5 else 0.9)) for at in range(20)]
-    picture = ElementTree.fromstring(draw(Timeline((tuple(spans),)), "measured"))
+    picture = ElementTree.fromstring(draw({"": Timeline((tuple(spans),))}, "measured"))
     (row,) = boxes(picture)
     assert float(row[0].get("x")) == 64
     assert float(picture.get("width")) < 1000
+
+
+def test_a_prediction_stands_below_what_was_measured_to_the_same_scale():
+    """Each from its own beginning."""
+    (one,), (other,) = (
+        (tuple(Span(Instruction(Op.FORWARD, 0, at), start + at, start + at + 0.5) for at in range(count)),)
+        for start, count in ((1e6, 3), (0, 5))
+    )
+    picture = ElementTree.fromstring(draw({"measured": Timeline((one,)), "predicted": Timeline((other,))}, "both"))
+    first, second = boxes(picture)
+    assert [len(first), len(second)] == [3, 5]
+    assert [float(each.get("x")) for each in first] == [float(each.get("x")) for each in second[:3]]
+    assert {each.get("y") for each in first}.isdisjoint({each.get("y") for each in second})
+    words = [text.text for text in picture.iter(f"{SVG}text")]
+    assert words.index("measured") < words.index("predicted")
+    assert float(picture.get("width")) >= float(second[-1].get("x")) + float(second[-1].get("width"))
 
 
 def pictures() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trainmaster.api.config import Schedule
 from trainmaster.workers.pipeline.formulas import formulas
 from trainmaster.workers.pipeline.instructions import Instruction, Op, Program
 from trainmaster.workers.pipeline.schedules import (
@@ -75,6 +76,10 @@ def test_no_schedule_holds_more_activations_than_its_formula_says(p: int, m: int
                 assert found == said
 
 
+def test_there_is_a_kind_for_each_schedule_of_a_layout():
+    assert set(map(str, Kind)) == {*map(str, Schedule), "forward"}
+
+
 @pytest.mark.parametrize(("p", "m"), [(p, m) for p, m in SIZES if m % p and m > p])
 def test_a_last_group_that_is_not_full_costs_interleaving_no_more_than_a_full_one(p: int, m: int):
     for v in (2, 3):
@@ -83,25 +88,27 @@ def test_a_last_group_that_is_not_full_costs_interleaving_no_more_than_a_full_on
         assert ragged.makespan < figures(simulate(one_f_one_b(p, m), Times())).makespan
 
 
-@given(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=1, max_size=12))
+@given(st.integers(1, 6), st.integers(1, 3), st.lists(st.integers(1, 6), min_size=1, max_size=12))
 @settings(max_examples=100, deadline=None)
-def test_generation_computes_nothing_for_what_has_ended(p: int, trips: list[int]):
-    program = generation(p, trips)
+def test_generation_computes_nothing_for_what_has_ended(p: int, v: int, trips: list[int]):
+    program = generation(p, trips, v)
     verify_compute(program)
-    for rank in range(p):
-        forwards = [(each.microbatch, each.trip) for each in program.ranks[rank] if each.op is F]
+    for stage in range(p * v):
+        own = [each for each in program.ranks[stage % p] if each.stage == stage]
+        forwards = [(each.microbatch, each.trip) for each in own if each.op is F]
         assert sorted(forwards) == [(i, trip) for i, num_trips in enumerate(trips) for trip in range(num_trips)]
-        assert sorted(order_of(program, rank, Op.CLOSE)) == list(range(len(trips)))
+        assert sorted(each.microbatch for each in own if each.op is Op.CLOSE) == list(range(len(trips)))
         num_open, most = 0, 0
-        for each in program.ranks[rank]:
+        for each in own:
             num_open += (each.op is F and each.trip == 0) - (each.op is Op.CLOSE)
             most = max(most, num_open)
         assert most <= min(p, len(trips))
 
 
+@pytest.mark.parametrize("v", [1, 2, 4])
 @pytest.mark.parametrize(("p", "m"), [(4, 1), (4, 2), (4, 4), (3, 9)])
-def test_a_ring_of_generation_is_as_full_as_microbatches_allow(p: int, m: int):
+def test_a_ring_of_generation_is_as_full_as_microbatches_allow(p: int, m: int, v: int):
     """Decode utilisation is m / max(m, p), and at most p are open."""
     num_trips = 200
-    found = figures(simulate(generation(p, [num_trips] * m), Times()))
+    found = figures(simulate(generation(p, [num_trips] * m, v), Times()))
     assert 1 - found.bubble == pytest.approx(min(m, p) / p, rel=0.03)

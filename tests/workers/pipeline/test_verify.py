@@ -184,7 +184,8 @@ def test_no_microbatches_are_too_few():
 
 
 def test_instructions_that_name_what_they_should_not_are_refused():
-    good = training_program(2, 1)
+    good = training_program(2, 2)
+    forwards = [at for at, each in enumerate(good.ranks[0]) if each.op is F]
     edge = good.topology.edges[0]
     for wrong in (
         Instruction(F, 0, 0, edge),
@@ -200,7 +201,9 @@ def test_instructions_that_name_what_they_should_not_are_refused():
         Instruction(Op.REDUCE, 0, 0),
         Instruction(Op.STEP, 0),
     ):
-        refused(with_rank(good, 0, [wrong, *good.ranks[0][1:]]), r"cannot stand in rank 0 of 2, with 1 microbatches")
+        for at in forwards:  # also where one like it was seen before
+            instructions = [*good.ranks[0][:at], wrong, *good.ranks[0][at + 1 :]]
+            refused(with_rank(good, 0, instructions), r"cannot stand in rank 0 of 2, with 2 microbatches")
 
 
 # -- other topologies -------------------------------------------------------------------------------------------------
@@ -284,7 +287,9 @@ def test_generation_with_anything_missing_or_twice_is_refused(p: int, trips: lis
 # -- speed ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "v"), [(Kind.ONE_F_ONE_B, 1), (Kind.ZB_H1, 1), (Kind.INTERLEAVED, 2)])
+@pytest.mark.parametrize(
+    ("kind", "v"), [(Kind.GPIPE, 1), (Kind.ONE_F_ONE_B, 1), (Kind.ZB_H1, 1), (Kind.INTERLEAVED, 4), (Kind.FORWARD, 4)]
+)
 def test_a_large_program_is_verified_in_no_time(kind: Kind, v: int):
     """Under 50 ms on a machine that is free; here ten times that, as tests share theirs."""
     program = lowered(schedule(kind, 8, 64, v))

@@ -32,7 +32,7 @@ class Schedule(StrEnum):
 
 
 class Recompute(StrEnum):
-    """Which activations a training step computes again instead of keeping them: see docs/models.md."""
+    """Which activations a training step computes again instead of keeping them: see docs/training.md."""
 
     NONE = "none"
     """Everything is kept."""
@@ -91,7 +91,9 @@ class Layout:
             raise ConfigError("Layout.chunks", self.chunks, rule, "raise it, or set schedule to 1f1b")
         if self.recompute is Recompute.STAGE and self.pp == 1:
             rule = "with pp = 1 each backward follows its forward at once, and nothing is held in between"
-            raise ConfigError("Layout.recompute", self.recompute.value, rule, "set it to full or selective, or raise pp")
+            raise ConfigError(
+                "Layout.recompute", self.recompute.value, rule, "set it to full or selective, or raise pp"
+            )
 
     @property
     def num_workers(self) -> int:

@@ -12,7 +12,7 @@ turns, and ratios are medians of pairs. The losses of all sides must agree, step
 
     speedup_vs_padded, speedup_vs_hf_packing    by model; the bars are 2.5 and 1.9
     peak_rss_mb                                 of a process that runs this side alone; ours should be the lowest
-    before_mb                                   of that, what Python, torch and the model's weights take before the steps
+    before_mb                                   of that, before the steps: Python, torch, the model's weights
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="on one line")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", choices=SIZES, help="this model only")
-    parser.add_argument("--side", choices=SIDES, help="take some steps of this side only, and say what memory they took")
+    parser.add_argument(
+        "--side", choices=SIDES, help="take some steps of this side only, and say what memory they took"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.side:

@@ -40,7 +40,7 @@ def check_groups(placed: PlacedModel, used: Container[int]) -> None:
             raise ConfigError(
                 f"optimizer.groups[{index}].parameters",
                 group.parameters,
-                f"none of {placed.field}'s parameters is in this group: no name matches, or groups before it have them all",
+                f"none of {placed.field}'s parameters is in it: no name matches, or groups before it have them all",
                 "correct it (names are those of the model's parameters in transformers), or take the group out",
             )
 

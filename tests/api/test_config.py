@@ -162,9 +162,15 @@ def test_what_is_recomputed_has_one_field():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"decay_floor": 0.1}, r"Optimizer\.decay_floor = 0\.1: the rate of schedule constant does not fall\. Leave it"),
+        (
+            {"decay_floor": 0.1},
+            r"Optimizer\.decay_floor = 0\.1: the rate of schedule constant does not fall\. Leave it",
+        ),
         ({"decay_steps": 5}, r"Optimizer\.decay_steps = 5: the rate of schedule constant does not fall"),
-        ({"schedule": "cosine", "decay_floor": 1.5}, r"Optimizer\.decay_floor = 1\.5: is a part of the rate\. Use 0 to"),
+        (
+            {"schedule": "cosine", "decay_floor": 1.5},
+            r"Optimizer\.decay_floor = 1\.5: is a part of the rate\. Use 0 to",
+        ),
         (
             {"schedule": "linear", "warmup_steps": 5, "decay_steps": 5},
             r"Optimizer\.decay_steps = 5: includes the 5 warmup_steps, so nothing is left to fall in\. Raise it",
@@ -182,7 +188,10 @@ def test_a_schedule_that_makes_no_sense_is_refused(fields: dict[str, object], me
     [
         ({"parameters": "(", "weight_decay": 0.0}, r"ParameterGroup\.parameters = '\(': is no regular expression \("),
         ({"parameters": "norm"}, r"ParameterGroup\.parameters = 'norm': the group changes nothing\. Give it a"),
-        ({"parameters": "norm", "learning_rate": 0.0}, r"ParameterGroup\.learning_rate = 0\.0: input should be greater"),
+        (
+            {"parameters": "norm", "learning_rate": 0.0},
+            r"ParameterGroup\.learning_rate = 0\.0: input should be greater",
+        ),
     ],
 )
 def test_a_group_that_makes_no_sense_is_refused(fields: dict[str, object], message: str):

@@ -126,7 +126,9 @@ def outcome(shard: ModelShard, case: Case) -> Outcome:
 
 def _weights(shard: ModelShard) -> dict[str, numpy.ndarray]:
     return {
-        name: each.detach().float().numpy().copy() for stage in shard.stages for name, each in stage.model.named_parameters()
+        name: each.detach().float().numpy().copy()
+        for stage in shard.stages
+        for name, each in stage.model.named_parameters()
     }
 
 

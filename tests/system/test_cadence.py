@@ -83,5 +83,7 @@ def test_optimizer_steps_of_a_traversal_are_those_of_the_models_trainings():
     assert optimizer_steps(grpo.training.graph, "actor") == 4
     assert optimizer_steps(grpo.training.graph, "reference") == 0
     (train,) = (call for call in sft.training.graph.model_calls)
-    twice = Graph("twice", (replace(train, passes=2), replace(train, name="half", batch_size=12)), ("tokens", "loss_mask"))
+    twice = Graph(
+        "twice", (replace(train, passes=2), replace(train, name="half", batch_size=12)), ("tokens", "loss_mask")
+    )
     assert optimizer_steps(twice, "model") == 2 * 3 + 2 * 2, "12 sequences are two minibatches, and go twice"

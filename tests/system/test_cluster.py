@@ -14,7 +14,7 @@ def placed(optimizer: Optimizer | None) -> PlacedModel:
 
 
 def test_a_group_that_no_stage_has_a_parameter_of_is_named():
-    message = r"optimizer\.groups\[1\]\.parameters = 'hed': none of actor's parameters is in this group: no name matches"
+    message = r"optimizer\.groups\[1\]\.parameters = 'hed': none of actor's parameters is in it: no name matches"
     with pytest.raises(ConfigError, match=message):
         check_groups(placed(Optimizer(groups=GROUPS)), {0, 2})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_the_rate_falls_over_the_steps_that_are_given_and_stays_at_its_floor(sch
     config = Optimizer(schedule=schedule, warmup_steps=2, decay_steps=10, decay_floor=0.25)
     factors = [rate_factor(config, step, 1000) for step in range(1, 30)]
     assert factors[1] == factors[2] == 1.0
-    assert all(one > other for one, other in zip(factors[2:10], factors[3:11], strict=True))
+    assert all(one > other for one, other in pairwise(factors[2:11]))
     assert factors[10:] == pytest.approx([0.25] * 19)
     assert factors[6] == pytest.approx(0.625), "half-way: both schedules are in the middle"
 

@@ -32,7 +32,6 @@ CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**24, "cuda": 2**29}
 """Of the float32 logits of one chunk, by type of device: in a processor's cache, and enough for a GPU to be busy."""
 
 
-
 def score(
     head: Head, hidden: Tensor, tokens: Tensor, vocabulary_size: int, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -32,7 +32,7 @@ class Schedule(StrEnum):
 
 
 class Recompute(StrEnum):
-    """Which activations a training step computes again instead of keeping them: see docs/models.md."""
+    """Which activations a training step computes again instead of keeping them: see docs/training.md."""
 
     NONE = "none"
     """Everything is kept."""

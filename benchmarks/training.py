@@ -12,7 +12,7 @@ turns, and ratios are medians of pairs. The losses of all sides must agree, step
 
     speedup_vs_padded, speedup_vs_hf_packing    by model; the bars are 2.5 and 1.9
     peak_rss_mb                                 of a process that runs this side alone; ours should be the lowest
-    before_mb                                   of that, what Python, torch and the model's weights take before the steps
+    before_mb                                   of that, before the steps: Python, torch, the model's weights
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def check_groups(placed: PlacedModel, used: Container[int]) -> None:
             raise ConfigError(
                 f"optimizer.groups[{index}].parameters",
                 group.parameters,
-                f"no parameter of {placed.field} is in this group: none matches, or groups before it have them all",
-                "correct it (the names are those of the checkpoint's tensors as transformers loads them), or take it out",
+                f"none of {placed.field}'s parameters is in it: no name matches, or groups before it have them all",
+                "correct it (names are those of the model's parameters in transformers), or take the group out",
             )
 
 

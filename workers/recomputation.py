@@ -7,8 +7,7 @@
 `Recompute.STAGE` is none of this module's: it is a pass over the pipeline's program (`pipeline/lowering.py`).
 
 Invariants: a recomputation draws the random numbers of its forward, and stands under the same torch-function modes
-(those of `pipeline/apart.py`); nothing changes in the results, nor where no gradients are made. (`torch.utils.checkpoint`
-keeps these promises but that of the modes.)
+(those of `pipeline/apart.py`); nothing changes in the results, nor where no gradients are made.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def score(
 
         log_probabilities, entropy = score(stage.logits, hidden[:, positions - 1], tokens[positions], 32_000, 1.0, True)
     """
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    budget = CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
     size = max(1, budget // (vocabulary_size * torch.float32.itemsize))
     # the head may be trained where nothing before it is, and the hidden states then need no gradient
     witness = torch.empty(0, requires_grad=torch.is_grad_enabled())

@@ -112,7 +112,7 @@ def foretell(layout: Layout, num_microbatches: int) -> str:
     program = training_program(layout.pp, num_microbatches, Kind(layout.schedule), layout.chunks, is_again)
     bubble, held = figures(simulate(program, Times())).bubble, peaks(program)
     what = "chunks" if layout.chunks > 1 else "microbatches"
-    told = f"a bubble of {bubble:.1%}, at most {_listed(each.activations for each in held)} {what} live (by rank)"
+    told = f"a bubble of {bubble:.1%}, at most {_listed(each.activations for each in held)} {what} live, by rank"
     return told + (f", and inputs of {_listed(each.inputs for each in held)}" if is_again else "")
 
 

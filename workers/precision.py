@@ -36,6 +36,6 @@ def round_to(stage: Stage, dtype: torch.dtype, keeps_masters: bool) -> dict[nn.P
         parameter.grad_dtype = torch.float32
     for module in stage.model.modules():
         if isinstance(module, Absent) and hasattr(module, "weight"):
-            module.weight = module.weight.to(dtype)  # in place of an embedding: decoders take their type from its output
+            module.weight = module.weight.to(dtype)  # it stands for an embedding, whose type decoders go by
     stage.config.dtype = dtype
     return masters

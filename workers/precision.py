@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..api.config import Precision
 from .models import hf_compat
+from .models.cut import Absent
 from .models.stage import Stage
 
 
@@ -33,5 +34,8 @@ def round_to(stage: Stage, dtype: torch.dtype, keeps_masters: bool) -> dict[nn.P
             masters[parameter] = parameter.data
         parameter.data = parameter.data.to(dtype)
         parameter.grad_dtype = torch.float32
+    for module in stage.model.modules():
+        if isinstance(module, Absent) and hasattr(module, "weight"):
+            module.weight = module.weight.to(dtype)  # it stands for an embedding, whose type decoders go by
     stage.config.dtype = dtype
     return masters

@@ -83,6 +83,18 @@ def test_weights_are_those_of_the_float32_model_rounded_and_gradients_are_float3
     assert buffers == {torch.float32}, "rotary frequencies are not rounded"
 
 
+def test_a_stage_without_an_embedding_computes_in_the_models_type():
+    layout = Layout(pp=4)
+    (middle,) = shard_of(layout, OPTIMIZER, Precision.BFLOAT16, rank=1).stages
+    (exact,) = shard_of(layout, OPTIMIZER, rank=1).stages
+    batch, ids = PackedBatch((4, 3), CPU), torch.zeros(1, 7, dtype=torch.int64)
+    hidden = torch.randn(1, 7, middle.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        out, wanted = middle(ids, batch, hidden), exact(ids, batch, hidden.float())
+    assert out.dtype is torch.bfloat16
+    assert (out.float() - wanted).norm() < 4 * BFLOAT16 * wanted.norm()
+
+
 def test_gradients_of_microbatches_are_summed_in_float32():
     """Equal ones, whose number is a power of two, so that nothing but the sum could round."""
     half = shard_of(Layout(), OPTIMIZER, Precision.BFLOAT16)

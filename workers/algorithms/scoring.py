@@ -4,7 +4,7 @@
     backward    for each chunk of tokens: head again -> their gradient -> that of the head and of the hidden states
 
 Logits are many times larger than anything else of a model with a large vocabulary: a chunk has as many tokens as fit
-into a fixed number of bytes. The head is the model's own, with what it does to logits (softcap, scaling, adapters).
+into a number of bytes. The head is the model's own, with what it does to logits (softcap, scaling, adapters).
 
 Invariants: everything from the logits on is float32 (and so are logits, see `Stage.logits`); gradients are those of
 the closed form, d log p(t) / d logits = onehot(t) - p; the head computes the same both times (dropout included).
@@ -30,6 +30,9 @@ Head = Callable[[Tensor], Tensor]
 
 CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**24, "cuda": 2**29}
 """Of the float32 logits of one chunk, by type of device: in a processor's cache, and enough for a GPU to be busy."""
+LEAST_TOKENS = 1024
+"""A chunk has at least this many, or H if that is less: with fewer, a backward would be busy adding up the gradients of
+the head, which are V x H for every chunk."""
 
 
 def score(
@@ -43,7 +46,7 @@ def score(
         log_probabilities, entropy = score(stage.logits, hidden[:, positions - 1], tokens[positions], 32_000, 1.0, True)
     """
     budget = CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-    size = max(1, budget // (vocabulary_size * torch.float32.itemsize))
+    size = max(budget // (vocabulary_size * torch.float32.itemsize), min(hidden.shape[-1], LEAST_TOKENS))
     # the head may be trained where nothing before it is, and the hidden states then need no gradient
     witness = torch.empty(0, requires_grad=torch.is_grad_enabled())
     log_probabilities, entropy = _Score.apply(hidden, tokens, head, size, temperature, with_entropy, witness)

@@ -60,6 +60,7 @@ KNOW_HEADS = ("qwen3", "gemma2")
 @pytest.fixture
 def chunk_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def set_chunk(num_tokens: int, num_words: int = V) -> None:
+        monkeypatch.setattr(scoring, "LEAST_TOKENS", 1)
         monkeypatch.setattr(scoring, "CHUNK_BYTES", MappingProxyType({"cpu": num_tokens * num_words * 4}))
 
     return set_chunk
@@ -127,13 +128,25 @@ def test_neither_pass_ever_has_the_logits_of_more_than_a_chunk(stages, chunk_of)
     assert asked == [3, 3, 3, 2] * 2
 
 
-def test_a_word_list_beyond_any_budget_goes_token_by_token(stages, chunk_of):
+def test_a_vocabulary_beyond_any_budget_goes_token_by_token(stages, chunk_of):
     chunk_of(1, num_words=1)
     hidden, tokens, _ = inputs()
     got, entropy = score(stages["tied"].logits, hidden, tokens, V, 1.0, with_entropy=False)
     assert entropy is None
     wanted, _ = closed_form(stages["tied"].logits(hidden)[0], tokens, 1.0)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_have_at_least_as_many_tokens_as_hidden_states_are_wide(monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", MappingProxyType({"cpu": 1}))
+    matrix, asked = torch.randn(V, 4), []
+
+    def head(given: Tensor) -> Tensor:
+        asked.append(given.shape[1])
+        return given @ matrix.t()
+
+    score(head, torch.randn(1, N, 4), torch.zeros(N, dtype=torch.int64), V, 1.0, with_entropy=False)
+    assert asked == [4, 4, 3]
 
 
 @pytest.mark.parametrize("trains", ["head", "hidden", "nothing"])

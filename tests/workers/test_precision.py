@@ -139,7 +139,7 @@ def test_checkpoints_are_of_the_models_type(tmp_path: Path):
     shard = shard_of(Layout(), OPTIMIZER, Precision.BFLOAT16)
     train(shard, 1)
     write_config(shard.stage, tmp_path)
-    written = load_file(tmp_path / write_stage(shard.stage, tmp_path).name)
+    written = load_file(tmp_path / write_stage(shard.stage, tmp_path).file)
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 

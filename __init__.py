@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api.algorithms import KLEstimator, LossNormalisation
-    from .api.config import Dataset, Deadlines, Layout, Model, NaNPolicy, Optimizer, RunOptions, Schedule
+    from .api.config import (
+        Dataset,
+        Deadlines,
+        Layout,
+        Model,
+        NaNPolicy,
+        Optimizer,
+        ParameterGroup,
+        Precision,
+        RateSchedule,
+        Recompute,
+        RunOptions,
+        Schedule,
+    )
     from .api.experiments.answers import AnswerEvaluation
     from .api.experiments.grpo import GRPO
     from .api.experiments.sft import SFT
@@ -34,6 +47,10 @@ _HOME = {
     "NaNPolicy": "api.config",
     "OnFailure": "api.rewards",
     "Optimizer": "api.config",
+    "ParameterGroup": "api.config",
+    "Precision": "api.config",
+    "RateSchedule": "api.config",
+    "Recompute": "api.config",
     "Reward": "api.rewards",
     "RunOptions": "api.config",
     "Sampling": "api.sampling",
@@ -52,6 +69,10 @@ __all__ = [
     "NaNPolicy",
     "OnFailure",
     "Optimizer",
+    "ParameterGroup",
+    "Precision",
+    "RateSchedule",
+    "Recompute",
     "Reward",
     "RunOptions",
     "Sampling",

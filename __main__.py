@@ -1,5 +1,5 @@
-"""The command line: `trainmaster run | master | worker | check | graph FILE`, and `ps`, `status`, `logs`, `pause`,
-`unpause`, `stop` for runs that are there; `schedule` draws a pipeline schedule.
+"""The command line: `trainmaster run | master | worker | check | doctor | graph FILE`, and `ps`, `status`, `logs`,
+`pause`, `unpause`, `stop` for runs that are there; `schedule` draws a pipeline schedule.
 
 Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was trained; 128 + n stopped by
 signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is gone; 4 its master ended the run early.
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--master", default="", metavar="ADDRESS", help="where the master is bound")
     worker.add_argument("--keys", type=Path, metavar="FILE", help="this worker's key, if its master has keys")
     worker.add_argument("--advertise", metavar="HOST", help="this machine's address for other workers")
+    master.add_argument("--record", action="store_true", help=argparse.SUPPRESS)  # for `trainmaster doctor`
     for service in (run, master, worker):
         service.add_argument(
             "--health-port", type=int, metavar="PORT", help="answer /healthz, /readyz and /metrics there"
@@ -93,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_argument("--workers", type=int, metavar="N", help="how many (as many as the experiment FILE asks for)")
     keys.add_argument("--revoke", default="", metavar="NAME", help="worker-N or operator: let its key in no more")
     add("check", _check, "check an experiment and its files; start nothing")
+    doctor = add("doctor", _doctor, "compare one step of an experiment's models, in their layout, with one process")
+    doctor.add_argument("--all", action="store_true", help="show the gradients of all parameters")
     graph = add("graph", _graph, "print an experiment's models and dataflow graph, or draw it")
     graph.add_argument("--out", type=Path, metavar="SVG", help="draw it into this file")
     _add_schedule(commands)
@@ -251,7 +254,7 @@ def _master(options: argparse.Namespace, overrides: list[str]) -> int:
     try:
         with contextlib.nullcontext() if options.child else _claimed(path):
             keys = _master_keys(options, path, loaded.compiled.num_workers)
-            asyncio.run(run_master(loaded, options.bind, keys, _health(options), foretell))
+            asyncio.run(run_master(loaded, options.bind, keys, _health(options), foretell, options.record))
     except Interrupted as stopped:
         sys.stderr.write(f"{stopped}; checkpoints so far are in {path / 'checkpoints'}\n")
         return 128 + stopped.number
@@ -337,6 +340,31 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> int:
     check_run_directory(loaded.compiled.run.path)
     print(f"{options.file}: {type(loaded.experiment).__name__} on {loaded.compiled.num_workers} workers: ready to run")
     return 0
+
+
+def _doctor(options: argparse.Namespace, overrides: list[str]) -> int:
+    import asyncio
+    import tempfile
+
+    from .system.launchers.local import LocalRun
+    from .system.preflight import check_files, check_functions
+
+    with tempfile.TemporaryDirectory(prefix="trainmaster-doctor-") as folder:
+        overrides = [*overrides, "--run.directory", folder, "--run.name", "doctor"]
+        loaded = _load(options, overrides, "doctor")
+        check_files(loaded.compiled)
+        check_functions(loaded)
+        with _claimed(loaded.compiled.run.path) as directory:
+            run = LocalRun(options.file, overrides, loaded.compiled.num_workers, directory, ("--record",))
+            code = asyncio.run(run.follow())
+            if code != 0:
+                return code
+            from .workers.doctor import examine, table
+
+            for examination in examine(loaded.compiled, directory):
+                print(table(examination, options.all))
+                code = code if examination.agrees else RunError.exit_code
+    return code
 
 
 def _graph(options: argparse.Namespace, overrides: list[str]) -> int:

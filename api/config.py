@@ -6,12 +6,13 @@ records against each other; `system.preflight` checks them against the disk. Not
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from .errors import ConfigError
 from .record import record
@@ -28,6 +29,19 @@ class Schedule(StrEnum):
     """1f1b with several stages a worker (`chunks`): a smaller bubble, more messages."""
     ZB_H1 = "zb-h1"
     """1f1b whose gradients of weights fill the bubble."""
+
+
+class Recompute(StrEnum):
+    """Which activations a training step computes again instead of keeping them: see docs/training.md."""
+
+    NONE = "none"
+    """Everything is kept."""
+    SELECTIVE = "selective"
+    """Of each layer, products of matrices and attention are kept; the cheap rest is computed again in the backward."""
+    FULL = "full"
+    """Of each layer only its input is kept; the backward computes one layer at a time again."""
+    STAGE = "stage"
+    """Of each pipeline stage only its input is kept until its backward is due. Of a pipeline (`pp` above 1) only."""
 
 
 @record
@@ -50,8 +64,16 @@ class Layout:
     chunks: PositiveInt = 1
     """Stages that each worker holds, for `interleaved`: the layers are cut into `pp * chunks` stages, at most the
     number of layers."""
-    recompute: bool = False
-    """Keep only a stage's inputs, and compute its activations again before each backward: less memory, more time."""
+    recompute: Recompute = Recompute.NONE
+    """Which activations are computed again instead of kept, for less memory and more time: `none`, `selective`, `full`
+    or `stage`. The result is the same. `True` is `stage`, `False` is `none`."""
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _take_truth_values(cls, value: object) -> object:
+        if isinstance(value, bool):
+            return Recompute.STAGE if value else Recompute.NONE
+        return value
 
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("sp", self.sp)):
@@ -67,9 +89,11 @@ class Layout:
         if self.schedule is Schedule.INTERLEAVED and self.chunks == 1:
             rule = "interleaved has 2 stages a worker or more"
             raise ConfigError("Layout.chunks", self.chunks, rule, "raise it, or set schedule to 1f1b")
-        if self.recompute and self.pp == 1:
+        if self.recompute is Recompute.STAGE and self.pp == 1:
             rule = "with pp = 1 each backward follows its forward at once, and nothing is held in between"
-            raise ConfigError("Layout.recompute", self.recompute, rule, "leave it out, or raise pp")
+            raise ConfigError(
+                "Layout.recompute", self.recompute.value, rule, "set it to full or selective, or raise pp"
+            )
 
     @property
     def num_workers(self) -> int:
@@ -86,6 +110,15 @@ class Layout:
         return all(getattr(self, axis) == getattr(other, axis) for axis in axes)
 
 
+class Precision(StrEnum):
+    """The type of a model's weights and activations."""
+
+    FLOAT32 = "float32"
+    """4 bytes."""
+    BFLOAT16 = "bfloat16"
+    """2 bytes, with the range of float32 and 8 bits of precision. Training keeps float32 weights beside."""
+
+
 @record
 class Model:
     """A decoder-only causal language model of Hugging Face's, and how it is laid out.
@@ -99,6 +132,9 @@ class Model:
     """Fields of a transformers config, `model_type` among them: the model starts from random weights."""
     tokenizer: Path | None = None
     """A directory with the tokenizer; by default `path`."""
+    dtype: Precision = Precision.FLOAT32
+    """The type of weights and activations, also in checkpoints: `float32` or `bfloat16`. Log-probabilities, losses,
+    gradients of weights and optimizer steps are float32 in both."""
     layout: Layout = field(default_factory=Layout)
     """How the model is cut over workers."""
 
@@ -135,14 +171,58 @@ class NaNPolicy(StrEnum):
     """The step is not taken, on any worker, and counted (`skipped_steps`)."""
 
 
+class RateSchedule(StrEnum):
+    """How the learning rate goes on after its warmup."""
+
+    CONSTANT = "constant"
+    """It stays."""
+    LINEAR = "linear"
+    """It falls on a straight line."""
+    COSINE = "cosine"
+    """It falls along half a cosine: slowly, fast, slowly."""
+
+
+@record
+class ParameterGroup:
+    """Parameters that an optimizer treats in their own way."""
+
+    parameters: str
+    """A regular expression that is found in their names, such as `embed` or `layers\\.(0|1)\\.`."""
+    learning_rate: PositiveFloat | None = None
+    """Their rate, with the same warmup and schedule; None: the optimizer's."""
+    weight_decay: NonNegativeFloat | None = None
+    """Their weight decay, of matrices and all else alike; None: as of all others."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.parameters)
+        except re.error as error:
+            rule = f"is no regular expression ({error})"
+            raise ConfigError("ParameterGroup.parameters", self.parameters, rule, "correct it") from None
+        if self.learning_rate is None and self.weight_decay is None:
+            rule = "the group changes nothing"
+            raise ConfigError(
+                "ParameterGroup.parameters", self.parameters, rule, "give it a learning_rate or a weight_decay"
+            )
+
+
 @record
 class Optimizer:
-    """AdamW (arXiv 1711.05101) with linear warmup to a constant rate and clipping by the global gradient norm."""
+    """AdamW (arXiv 1711.05101) with linear warmup, a schedule, and clipping by the global gradient norm.
+
+    Its steps are float32, on float32 copies of the weights where the model's are of another type.
+    """
 
     learning_rate: PositiveFloat = 1e-5
     """The rate after the warmup."""
+    schedule: RateSchedule = RateSchedule.CONSTANT
+    """How the rate goes on after the warmup: `constant`, `linear` or `cosine`."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps over which the rate rises linearly: step i of n uses `learning_rate * i / n`, i from 1."""
+    decay_steps: PositiveInt | None = None
+    """Optimizer steps, warmup included, after which `linear` and `cosine` have fallen; by default all of the run's."""
+    decay_floor: NonNegativeFloat = 0.0
+    """The part of the rate, from 0 to 1, at which `linear` and `cosine` end."""
     beta1: NonNegativeFloat = 0.9
     """Decay of the running mean of gradients; below 1."""
     beta2: NonNegativeFloat = 0.95
@@ -151,15 +231,32 @@ class Optimizer:
     """Added to the denominator."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, on matrices only (no norms, no biases)."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameters with a rate or a weight decay of their own. Each parameter goes to the first group that it matches. A
+    group that gets none of the model's is an error."""
     max_gradient_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this L2 norm, taken over all stages; None leaves them alone."""
     on_nan_loss: NaNPolicy = NaNPolicy.STOP
     """What to do if a loss or the gradient norm is NaN or infinite: `stop` the run, or `skip` the optimizer step."""
+    state: Path | None = None
+    """A checkpoint that a run with `save_optimizer` wrote, in any layout: moments and the count of steps begin as they
+    were there, and so do warmup, schedule and random numbers. Give the model the same checkpoint. By default all begin
+    at zero."""
 
     def __post_init__(self) -> None:
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if beta >= 1:
                 raise ConfigError(f"Optimizer.{name}", beta, "must be below 1", "use a value such as 0.9 or 0.95")
+        if self.schedule is RateSchedule.CONSTANT:
+            for name, value in (("decay_steps", self.decay_steps), ("decay_floor", self.decay_floor)):
+                if value:
+                    cure = "leave it out, or set schedule to linear or cosine"
+                    raise ConfigError(f"Optimizer.{name}", value, "the rate of schedule constant does not fall", cure)
+        if self.decay_floor > 1:
+            raise ConfigError("Optimizer.decay_floor", self.decay_floor, "is a part of the rate", "use 0 to 1")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            rule = f"includes the {self.warmup_steps} warmup_steps, so nothing is left to fall in"
+            raise ConfigError("Optimizer.decay_steps", self.decay_steps, rule, "raise it, or lower warmup_steps")
 
 
 @record
@@ -217,6 +314,9 @@ class RunOptions:
     """The number of passes over the data; a last batch that would be incomplete is left out."""
     save_every: PositiveInt | None = None
     """Steps between checkpoints. The last step is always saved."""
+    save_optimizer: bool = False
+    """Checkpoints hold the state of optimizers, too (see `Optimizer.state`): with float32 weights, three times as
+    much."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations, if there is something to evaluate: then the start and the last step always are."""
     target_reward: float | None = None

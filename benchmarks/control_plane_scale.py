@@ -154,7 +154,7 @@ async def set_up(cluster: Cluster, compiled: CompiledExperiment, folder: Path) -
     await cluster.assemble(folder)
     await cluster.open_dataset(compiled.training)
     await cluster.open_functions()
-    await cluster.load_models()
+    await cluster.load_models(1)
 
 
 def loaded(compiled: CompiledExperiment) -> LoadedExperiment:

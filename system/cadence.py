@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..api.config import RunOptions
 from ..api.errors import ConfigError
+from ..api.graph import CallKind, Graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +17,13 @@ class Cadence:
     num_steps: int
     save_every: int | None
     evaluate_every: int | None
+    is_saved: bool = True
+    """Whether anything is."""
 
     def saves_after(self, step: int) -> bool:
         """The last step is always saved."""
-        return step == self.num_steps or (self.save_every is not None and step % self.save_every == 0)
+        is_due = step == self.num_steps or (self.save_every is not None and step % self.save_every == 0)
+        return self.is_saved and is_due
 
     def evaluates_after(self, step: int) -> bool:
         """Step 0 is before the first; the last step is always evaluated."""
@@ -40,3 +45,12 @@ def plan_cadence(run: RunOptions, num_sequences: int, batch_size: int) -> Cadenc
                 "lower batch_size, or raise run.passes",
             )
     return Cadence(num_steps=num_steps, save_every=run.save_every, evaluate_every=run.evaluate_every)
+
+
+def optimizer_steps(graph: Graph, role: str) -> int:
+    """Of this model in one traversal, if no sequence is dropped."""
+    return sum(
+        graph.num_sequences // call.batch_size * math.ceil(call.batch_size / call.minibatch_size) * call.passes
+        for call in graph.model_calls
+        if call.kind is CallKind.TRAIN_STEP and call.model == role
+    )

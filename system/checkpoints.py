@@ -1,4 +1,4 @@
-"""Publishing checkpoints: workers write their files aside, the master adds the index and renames.
+"""Publishing checkpoints: workers write their files aside, the master adds index and manifest, and renames.
 
     RUN/checkpoints/.step-40.partial/      while workers write
     RUN/checkpoints/step-40/               an ordinary Hugging Face directory, complete
@@ -15,8 +15,7 @@ from pathlib import Path
 from ..api.errors import RunError
 from .rpc.commands import ShardFile
 from .service.files import sync
-
-INDEX = "model.safetensors.index.json"
+from .service.manifest import INDEX, WrittenFile, write_manifest
 
 
 class CheckpointFolder:
@@ -34,20 +33,26 @@ class CheckpointFolder:
     def publish(self, step: int, files: Sequence[ShardFile]) -> Path:
         """Completes and renames what workers wrote. Raises `RunError` if a file did not get here."""
         partial = self._folder / f".step-{step}.partial"
-        written = [file for file in files if file.file]
+        written = sorted((file for file in files if file.file), key=lambda file: file.file)
         for file in written:
             if not (partial / file.file).is_file():
                 raise RunError(
                     f"a worker wrote {file.file} for step {step}, but the master does not see it in {partial}: "
                     "run.directory must be on a disk that all hosts share"
                 )
-        if len(written) > 1:
+        weights = [file for file in written if file.tensors]
+        if len(weights) > 1:
             index = {
-                "metadata": {"total_size": sum(file.size_bytes for file in written)},
-                "weight_map": {name: file.file for file in written for name in file.tensors},
+                "metadata": {"total_size": sum(file.size_bytes for file in weights)},
+                "weight_map": {name: file.file for file in weights for name in file.tensors},
             }
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in partial.iterdir():
+        manifest = {
+            file.file: WrittenFile(size_bytes=(partial / file.file).stat().st_size, sha256=file.sha256)
+            for file in written
+        }
+        write_manifest(partial, manifest)
+        for path in partial.rglob("*"):
             sync(path)
         sync(partial)
         final = self._folder / f"step-{step}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ..api.errors import ConfigError
 from ..api.experiment_file import LoadedExperiment
-from ..api.experiments.base import FedGraph
+from ..api.experiments.base import FedGraph, PlacedModel
+from .cadence import optimizer_steps
 from .dispatch import settle
 from .executor import DATA_RANK
 from .rpc.commands import (
@@ -29,11 +30,27 @@ from .service.addresses import is_loopback
 logger = logging.getLogger(__name__)
 
 
+def check_groups(placed: PlacedModel, used: Container[int]) -> None:
+    """Raises `ConfigError` for the first group of the optimizer that has no parameter. `used`: indices of all others.
+
+    A worker cannot tell: its stages have a part of the model's parameters.
+    """
+    for index, group in enumerate(placed.optimizer.groups if placed.optimizer is not None else ()):
+        if index not in used:
+            raise ConfigError(
+                f"optimizer.groups[{index}].parameters",
+                group.parameters,
+                f"none of {placed.field}'s parameters is in it: no name matches, or groups before it have them all",
+                "correct it (names are those of the model's parameters in transformers), or take the group out",
+            )
+
+
 class Cluster:
     """The workers of one run, by rank."""
 
-    def __init__(self, server: Server, loaded: LoadedExperiment) -> None:
-        self.server, self._loaded = server, loaded
+    def __init__(self, server: Server, loaded: LoadedExperiment, is_recorded: bool = False) -> None:
+        """`is_recorded`: workers record the first of each call."""
+        self.server, self._loaded, self._is_recorded = server, loaded, is_recorded
         self._run = loaded.compiled.run
         self.token_readers: dict[str, set[int]] = {}
         """By model, once it is loaded: ranks whose shards have a use for token ids."""
@@ -66,6 +83,7 @@ class Cluster:
                 experiment_digest=self._loaded.experiment_digest,
                 log_directory=str(log_directory),
                 log_json=self._run.log_json,
+                is_recorded=self._is_recorded,
                 orphan_s=self._run.deadlines.orphan_s,
                 silence_s=self._run.deadlines.silence_s,
             )
@@ -78,20 +96,30 @@ class Cluster:
             await self._ask("form process groups", [(rank, join) for rank in range(len(workers))])
         return workers
 
-    async def load_models(self) -> dict[str, int]:
-        """Has every worker load its shards, all at once. Returns the number of parameters by model."""
-        models = self._loaded.compiled.models
+    async def load_models(self, num_steps: int) -> dict[str, int]:
+        """Has every worker load its shards, all at once. Returns the number of parameters by model.
+
+        `num_steps`: of the run. Raises `ConfigError` for a group of an optimizer that none of the model's parameters
+        are in.
+        """
+        models, graph = self._loaded.compiled.models, self._loaded.compiled.training.graph
         requests: list[tuple[int, Command]] = [
-            (rank, LoadModel(model=role)) for role, placed in models.items() for rank in placed.ranks
+            (rank, LoadModel(model=role, num_optimizer_steps=num_steps * optimizer_steps(graph, role)))
+            for role, placed in models.items()
+            for rank in placed.ranks
         ]
         results = await self._ask("load models", requests)
         num_parameters = dict.fromkeys(models, 0)
+        groups_used: dict[str, set[int]] = {role: set() for role in models}
         for (rank, command), result in zip(requests, results, strict=True):
             assert isinstance(command, LoadModel), "built above"
             assert isinstance(result, ModelLoaded), "LoadModel is answered by ModelLoaded"
             num_parameters[command.model] += result.num_parameters
+            groups_used[command.model].update(result.groups_used)
             if result.reads_tokens:
                 self.token_readers.setdefault(command.model, set()).add(rank)
+        for role, placed in models.items():
+            check_groups(placed, groups_used[role])
         return {role: total // models[role].model.layout.dp for role, total in num_parameters.items()}
 
     async def open_dataset(self, fed: FedGraph) -> DatasetOpened:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..api.config import Layout
+from ..api.config import Layout, Recompute
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind, FunctionCall, Graph
 
@@ -16,7 +16,8 @@ composes a service gives it: pipelines belong to the workers."""
 def schedule_of(layout: Layout) -> str:
     """How a model is trained in its layout."""
     chunks = f", {layout.chunks} chunks" if layout.chunks > 1 else ""
-    return f"schedule {layout.schedule}{chunks}{', activations recomputed' if layout.recompute else ''}"
+    again = "" if layout.recompute is Recompute.NONE else f", recompute {layout.recompute}"
+    return f"schedule {layout.schedule}{chunks}{again}"
 
 
 def describe(compiled: CompiledExperiment, foretell: Foretell | None = None) -> str:

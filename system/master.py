@@ -12,6 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..api.algorithms import Generation
@@ -50,9 +51,11 @@ async def run_master(
     keys: MasterKeys | None,
     health: tuple[str, int] | None = None,
     foretell: Foretell | None = None,
+    is_recorded: bool = False,
 ) -> None:
     """Runs an experiment to its end. The run directory exists and is ours. `health` is where to answer operators;
-    `foretell` says of trainings what the log tells at the start.
+    `foretell` says of trainings what the log tells at the start. `is_recorded`: takes one step only, which workers
+    record; nothing is evaluated or saved.
 
     Raises `ConfigError` for what only the workers could find wrong, `RunError` for what went wrong on the way, and
     `Interrupted` on SIGINT or SIGTERM.
@@ -73,7 +76,7 @@ async def run_master(
             latest = Latest()
             if health is not None:
                 stack.enter_context(HealthServer(*health, latest))
-            await _run(loaded, address, keys, latest, lambda: interrupt(signal.SIGTERM), foretell)
+            await _run(loaded, address, keys, latest, lambda: interrupt(signal.SIGTERM), foretell, is_recorded)
     except asyncio.CancelledError:
         if not interrupted:
             raise
@@ -89,6 +92,7 @@ async def _run(
     latest: Latest,
     end_now: Callable[[], object],
     foretell: Foretell | None,
+    is_recorded: bool,
 ) -> None:
     compiled, directory = loaded.compiled, loaded.compiled.run.path.resolve()
     collect_rarely()
@@ -110,7 +114,7 @@ async def _run(
         with ProgressLine() as progress:
             async with server, asyncio.TaskGroup() as group:
                 others = [group.create_task(_watch(server)), group.create_task(control.report(latest))]
-                await run_epoch(loaded, server, directory, metrics, progress, control, foretell)
+                await run_epoch(loaded, server, directory, metrics, progress, control, foretell, is_recorded)
                 life.enter(State.STOPPING)
                 for task in others:
                     task.cancel()
@@ -151,10 +155,16 @@ async def run_epoch(
     progress: ProgressLine,
     control: Control,
     foretell: Foretell | None = None,
+    is_recorded: bool = False,
 ) -> None:
-    """From workers that register to the last step. Raises `RunError` if a worker is lost on the way."""
+    """From workers that register to the last step. Raises `RunError` if a worker is lost on the way.
+
+    `foretell`, `is_recorded`: see `run_master`.
+    """
     compiled, storage = loaded.compiled, Storage()
-    cluster = Cluster(server, loaded)
+    if is_recorded:
+        compiled = replace(compiled, evaluations=())
+    cluster = Cluster(server, replace(loaded, compiled=compiled), is_recorded)
     with located(server, lambda: f"set-up of run {compiled.run.name}"):
         progress.note(f"{compiled.run.name}: waiting for {compiled.num_workers} workers at {server.address}")
         control.life.enter(State.STARTING)
@@ -162,12 +172,14 @@ async def run_epoch(
         control.life.enter(State.READY)
         opened = await cluster.open_dataset(compiled.training)
         cadence = plan_cadence(compiled.run, opened.num_sequences, compiled.training.graph.batch_size)
+        if is_recorded:
+            cadence = replace(cadence, num_steps=1, is_saved=False)
         evaluators = [
             Evaluator(fed, await cluster.open_dataset(fed), compiled, server, storage, cluster.token_readers)
             for fed in compiled.evaluations
         ]
         await cluster.open_functions()
-        num_parameters = await cluster.load_models()
+        num_parameters = await cluster.load_models(cadence.num_steps)
     for role, placed in compiled.models.items():
         layout = placed.model.layout
         trained = "" if placed.optimizer is None else f", {schedule_of(layout)},"

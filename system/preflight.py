@@ -30,6 +30,15 @@ def check_files(compiled: CompiledExperiment) -> None:
     Raises `ConfigError` for the first that is not.
     """
     configs = {role: _check_model(placed.model, placed.field) for role, placed in compiled.models.items()}
+    for placed in compiled.models.values():
+        state = None if placed.optimizer is None else placed.optimizer.state
+        if state is not None and not any(state.glob("optimizer/*.safetensors")):
+            raise ConfigError(
+                "optimizer.state",
+                str(state),
+                "there is no state of an optimizer (optimizer/*.safetensors) in it",
+                "name a checkpoint of a run with run.save_optimizer, or leave it out",
+            )
     for fed in compiled.graphs.values():
         check_json_lines(fed.dataset, f"{fed.dataset_field}.path", _has_answers(fed.graph))
         _check_room(fed, configs)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
@@ -126,8 +127,7 @@ class Trainer:
         step = self._step
         if step > 0 and not self._cadence.saves_after(step):
             path = self._checkpoints.begin(step)
-            saves = {call: Save(model=model, directory=str(path)) for call, model in self._trained.items()}
-            await self._publish(step, await self._executor.save(step, saves))
+            await self._publish(step, await self._executor.save(step, self._saves_into(path)))
         self._progress.note(f"stopped after step {step}, as asked")
 
     async def _publish(self, step: int, files: Sequence[ShardFile]) -> None:
@@ -138,8 +138,14 @@ class Trainer:
     def _saves(self, step: int) -> dict[str, Save] | None:
         if not self._cadence.saves_after(step):
             return None
-        directory = str(self._checkpoints.begin(step))
-        return {call: Save(model=model, directory=directory) for call, model in self._trained.items()}
+        return self._saves_into(self._checkpoints.begin(step))
+
+    def _saves_into(self, directory: Path) -> dict[str, Save]:
+        with_optimizer = self._compiled.run.save_optimizer
+        return {
+            call: Save(model=model, directory=str(directory), with_optimizer=with_optimizer)
+            for call, model in self._trained.items()
+        }
 
     async def _evaluate(self, step: int) -> None:
         if not self._evaluators or not self._cadence.evaluates_after(step):

@@ -26,6 +26,7 @@ from .algorithms import inference_algorithm, training_algorithm
 from .data.microbatch import Microbatch
 from .data.store import Store
 from .pipeline.generation import Prompt, Response, Round
+from .recording import Record
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def call_model(
     store: Store,
     tokenizer: Tokenizer,
     timeline: Path | None = None,
+    record: Record | None = None,
 ) -> CallDone:
     """Runs a call on this replica's share of a minibatch, its microbatches in the order in which they are run.
 
-    `timeline`: a file that gets a line with the times of a training.
+    `timeline`: a file that gets a line with the times of a training. `record`: takes down a training or an inference.
     Raises `ConfigError` for a stop token that the tokenizer has not.
     """
     outputs: Samples | None = None
@@ -57,9 +59,9 @@ def call_model(
             statistics, outputs = _generate(call, share, shard, store, tokenizer)
         case CallKind.TRAIN_STEP:
             microbatches = _microbatches(call, share, shard, store)
-            statistics = shard.train(training_algorithm(call.settings), microbatches, timeline)
+            statistics = shard.train(training_algorithm(call.settings), microbatches, timeline, record)
         case CallKind.INFERENCE:
-            statistics, outputs = _infer(call, share, shard, store)
+            statistics, outputs = _infer(call, share, shard, store, record)
         case _:
             assert_never(call.kind)
     owns = shard.owns_outputs or (call.kind is CallKind.GENERATE and shard.stage.is_last)
@@ -74,9 +76,11 @@ def _microbatches(
     return [store.microbatch(samples, names, shard.device, input_keys(call)) for samples in share]
 
 
-def _infer(call: ModelFunctionCall, share: Sequence[Samples], shard: ModelShard, store: Store) -> Outcome:
+def _infer(
+    call: ModelFunctionCall, share: Sequence[Samples], shard: ModelShard, store: Store, record: Record | None
+) -> Outcome:
     microbatches = _microbatches(call, share, shard, store)
-    statistics, by_microbatch = shard.infer(inference_algorithm(call.settings), microbatches)
+    statistics, by_microbatch = shard.infer(inference_algorithm(call.settings), microbatches, record)
     sequences: list[tuple[str, dict[str, Tensor]]] = []
     for samples, microbatch, values in zip(share, microbatches, by_microbatch, strict=False):  # none but on the last
         lengths = list(microbatch.packed.seqlens)

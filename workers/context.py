@@ -10,6 +10,7 @@ import torch
 from ..api.config import Layout
 from ..api.experiments.base import CompiledExperiment, PlacedModel
 from .data.store import Store
+from .memory import Room
 from .parallel.groups import Group, form_group, join_store
 
 
@@ -72,6 +73,8 @@ class WorkerContext:
     store: Store = field(default_factory=Store)
     groups: dict[str, ShardGroups] = field(default_factory=dict)
     """By model."""
+    room: Room | None = None
+    """For models, where it is known."""
     transfer: Group | None = None
     """All workers, for redistribution; None if there is one."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_never
 from ..api.algorithms import Generation
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import FedGraph
-from ..api.graph import FunctionCall, Graph, ModelFunctionCall
+from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
 from ..system.rpc.commands import (
     CallDone,
     CallFunction,
@@ -39,6 +39,7 @@ from ..system.rpc.commands import (
 )
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
+from . import recording
 from .calls import call_model
 from .context import ShardGroups, WorkerContext
 from .data.source import Limits, SequenceSource
@@ -46,10 +47,13 @@ from .data.tokenization import check_reload, load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
 from .functions.calls import FunctionRunner
+from .memory import Room
 from .models.checkpoint import write_config, write_stage
 from .models.configs import config_of, model_limits
+from .optimizer_state import write_state
 from .parallel.groups import TCPStore, host_store
 from .pipeline import measured
+from .recording import Record
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -63,10 +67,12 @@ class Handlers:
 
     def __init__(self, welcome: Welcome, loaded: LoadedExperiment, address: str) -> None:
         compiled = loaded.compiled
+        device = pick_device(welcome.rank, welcome.num_local_workers)
         self._context = WorkerContext(
             rank=welcome.rank,
             num_workers=welcome.num_workers,
-            device=pick_device(welcome.rank, welcome.num_local_workers),
+            device=device,
+            room=Room.on(device, welcome.num_local_workers),
             compiled=compiled,
             name=f"{welcome.run}/{welcome.epoch}",
             address=address,
@@ -74,6 +80,7 @@ class Handlers:
         set_threads(compiled.run.threads, welcome.num_local_workers)
         self._directory = Path(welcome.log_directory).parent
         """Of the run."""
+        self._is_recorded = welcome.is_recorded
         self._shards: dict[str, ModelShard] = {}
         self._file = loaded.file
         self._sources: dict[str, SequenceSource] = {}
@@ -95,7 +102,7 @@ class Handlers:
                 self._context.join_groups(command.store_host, command.store_port)
                 return Done()
             case LoadModel():
-                return self._load_model(command.model)
+                return self._load_model(command)
             case OpenDataset():
                 return self._open_dataset(command.graph)
             case OpenFunction():
@@ -141,11 +148,13 @@ class Handlers:
             return []
         shard.restore()
         directory = Path(hook.directory)
-        written = [write_stage(stage, directory) for stage in shard.stages]
+        files = [write_stage(stage, directory) for stage in shard.stages]
+        if hook.with_optimizer and shard.optimizer is not None:
+            files += [write_state(stage, shard.optimizer, shard.version, directory) for stage in shard.stages]
         if shard.stages[0].is_first:
             write_config(shard.stages[0], directory)
             self._tokenizer(hook.model).save_pretrained(str(directory))
-        return [ShardFile(file=each.name, tensors=each.tensors, size_bytes=each.total_size_bytes) for each in written]
+        return files
 
     def reshard(self, hook: Reshard) -> None:
         """Both models are on the same workers; nothing happens on others."""
@@ -157,14 +166,16 @@ class Handlers:
         if hook.model in self._shards:
             self._shards[hook.model].offload()
 
-    def _load_model(self, role: str) -> ModelLoaded:
+    def _load_model(self, command: LoadModel) -> ModelLoaded:
         failpoint("worker.load_model", self._context.rank)
+        role = command.model
         placed = self._context.compiled.models[role]
         groups = self._context.groups[role] if role in self._context.groups else ShardGroups()
-        shard = ModelShard(placed, self._context, groups)
+        shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps)
         self._shards[role] = shard
         num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())
-        return ModelLoaded(num_parameters=num_parameters, reads_tokens=shard.reads_tokens)
+        used = () if shard.optimizer is None else shard.optimizer.groups_used
+        return ModelLoaded(num_parameters=num_parameters, reads_tokens=shard.reads_tokens, groups_used=used)
 
     def _open_dataset(self, name: str) -> DatasetOpened:
         failpoint("worker.open_dataset", self._context.rank)
@@ -222,4 +233,11 @@ class Handlers:
         timeline = None
         if step in self._context.compiled.run.timeline_steps:
             timeline = measured.path_of(self._directory, step, self._context.rank)
-        return call_model(call, share, shard, store, lambda: self._tokenizer(call.model), timeline)
+        path = recording.path_of(self._directory, call.name, self._context.rank)
+        record = None
+        if self._is_recorded and call.kind is not CallKind.GENERATE and not path.exists():
+            record = Record(command.graph, call.name, shard.place.dp)
+        done = call_model(call, share, shard, store, lambda: self._tokenizer(call.model), timeline, record)
+        if record is not None:
+            record.write(path)
+        return done

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..api.config import NaNPolicy
+from ..api.config import NaNPolicy, Recompute
 from ..api.experiments.base import PlacedModel
 from ..api.sampling import Sampling
 from ..system.rpc.commands import Mean
@@ -19,15 +19,20 @@ from .algorithms.statistics import Statistics
 from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
+from .memory import Need
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
-from .optimizer import clip, learning_rate, make_optimizer, move_state
+from .optimizer import ShardOptimizer, clip
+from .optimizer_state import read_state
 from .parallel.gradients import all_reduce_gradients, squared_norm, sum_copies
 from .pipeline import measured
 from .pipeline.generation import Prompt, Response, Round, generate
 from .pipeline.lowering import inference_program
 from .pipeline.runner import Runner, Training
 from .pipeline.timing import Clock
+from .precision import round_to, type_of
+from .recomputation import recompute_layers
+from .recording import Record
 from .verdict import Losses
 
 
@@ -38,18 +43,34 @@ class ModelShard:
     Between calls they may be in the host's memory (`is_offloaded`); whatever uses them brings them back first.
     """
 
-    def __init__(self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups) -> None:
+    def __init__(
+        self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups, num_optimizer_steps: int = 0
+    ) -> None:
+        """`num_optimizer_steps`: of the whole run, over which its learning rate may fall."""
         self.placed, self.groups = placed, groups
         self.place = Place.of(placed, context.rank)
         self.device = context.device
         self._seed = context.compiled.run.seed
-        self.stages = _make_stages(placed, self.place, context)
+        self.stages, masters = _make_stages(placed, self.place, context)
         self.version = 0
         self.is_offloaded = False
-        self._optimizer: torch.optim.AdamW | None = None
+        self._averages: dict[Tensor, Tensor] = {}
+        """Of weights of half precision that are moved towards others: see `blend`."""
+        self.optimizer: ShardOptimizer | None = None
         if placed.optimizer is not None:
-            self._optimizer = make_optimizer(self._parameters(), placed.optimizer)
-        self._runner = Runner(self.stages, groups.pipe, groups.gradients, context.device, torch.float32)
+            self.optimizer = ShardOptimizer(
+                [pair for stage in self.stages for pair in stage.model.named_parameters()],
+                placed.optimizer,
+                num_optimizer_steps,
+                masters,
+            )
+            if placed.optimizer.state is not None:
+                self.version = read_state(self.stages, self.optimizer, placed.optimizer.state)
+                self.optimizer.num_steps += self.version
+        for stage in self.stages:
+            recompute_layers(stage.cut.layers, placed.model.layout.recompute)
+        dtype = type_of(placed.model.dtype)
+        self._runner = Runner(self.stages, groups.pipe, groups.gradients, context.device, dtype)
 
     @property
     def stage(self) -> Stage:
@@ -68,35 +89,38 @@ class ModelShard:
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Parameters, less the copies of those that another stage of the replica owns."""
-        copies = set()
-        for stage in self.stages:
-            if not stage.is_first:
-                copies |= {id(parameter) for _, parameter in stage.replicated} | {id(stage.tied_embedding)}
-        return [parameter for parameter in self._parameters() if id(parameter) not in copies]
+        return [parameter for stage in self.stages for _, parameter in stage.own_parameters()]
 
     def train(
-        self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch], timeline: Path | None = None
+        self,
+        algorithm: TrainingAlgorithm,
+        microbatches: Sequence[Microbatch],
+        timeline: Path | None = None,
+        record: Record | None = None,
     ) -> dict[str, Mean]:
         """One optimizer step on this replica's share of a minibatch. Statistics are those of the whole minibatch.
 
         If a loss or the gradient norm is not finite, the optimizer's policy says whether no replica takes the step, or
         all raise: RunError where the microbatch is known, PeerLost elsewhere. The weights are as before in both cases.
-        `timeline`: a file that gets a line with the times of all instructions.
+        `timeline`: a file that gets a line with the times of all instructions. `record`: takes down what becomes of the
+        microbatches, without dropout.
         """
-        assert self._optimizer is not None, "the graph trains models with an optimizer only"
+        assert self.optimizer is not None, "the graph trains models with an optimizer only"
         self.restore()
         statistics, losses = Statistics(self.device), Losses()
         weight = self._total_weight(algorithm, microbatches)
-        norm: list[float | None] = []
+        steps: list[tuple[float, float] | None] = []
 
         def loss(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> Tensor:
+            if record is not None:
+                record.saw(stage, hidden, microbatch)
             found = algorithm.loss(stage, hidden, microbatch, statistics) / weight
             losses.add(found, microbatch)
             return found
 
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for stage in self.stages:
-            stage.train()
+            stage.train(record is None)
         planned = self._planned(len(microbatches))
         clock = Clock(None if timeline is None else self.device)
         seed = f"{self._seed}/{self.placed.field}/{self.version}/{self.place.dp}"
@@ -104,31 +128,39 @@ class ModelShard:
             planned.program,
             microbatches,
             loss,
-            Training(seed=seed, reduce=self._reduce, step=lambda: norm.append(self._step(losses))),
+            Training(seed=seed, reduce=self._reduce, step=lambda: steps.append(self._step(losses, record))),
             clock,
         )
         if timeline is not None:
             measured.write(timeline, planned, self.place.pp, clock.times)
-        if norm[0] is None:
-            self._optimizer.zero_grad(set_to_none=True)
+        if steps[0] is None:
+            self.optimizer.zero_grad()
             return {"skipped_steps": Mean(total=1, weight=1)}
         self.version += 1
         merged = statistics.merged(self.groups.data)
-        merged["gradient_norm"] = Mean(total=norm[0], weight=1)
-        merged["learning_rate"] = Mean(total=self._optimizer.param_groups[0]["lr"], weight=1)
+        for name, value in zip(("gradient_norm", "learning_rate"), steps[0], strict=True):
+            merged[name] = Mean(total=value, weight=1)
         if self._on_nan_loss is NaNPolicy.SKIP:
             merged["skipped_steps"] = Mean(total=0, weight=1)
+        if record is not None and self.owns_outputs:
+            figures = {name: merged[name] for name in ("loss", "gradient_norm")}
+            record.figures = {name: mean.total / mean.weight for name, mean in figures.items()}
         return merged
 
     def infer(
-        self, algorithm: InferenceAlgorithm, microbatches: Sequence[Microbatch]
+        self, algorithm: InferenceAlgorithm, microbatches: Sequence[Microbatch], record: Record | None = None
     ) -> tuple[dict[str, Mean], list[dict[str, Tensor]]]:
-        """Forward only. Returns statistics of all replicas and, on the last stage, new keys by microbatch."""
+        """Forward only. Returns statistics of all replicas and, on the last stage, new keys by microbatch.
+
+        `record`: takes down what becomes of the microbatches.
+        """
         self.restore()
         statistics = Statistics(self.device)
         outputs: list[dict[str, Tensor]] = []
 
         def score(stage: Stage, hidden: Tensor, microbatch: Microbatch) -> None:
+            if record is not None:
+                record.saw(stage, hidden, microbatch)
             outputs.append(algorithm.infer(stage, hidden, microbatch, statistics))
 
         for stage in self.stages:
@@ -152,11 +184,12 @@ class ModelShard:
 
     def move_towards(self, source: ModelShard, eta: float) -> None:
         """Weights become `eta * source + (1 - eta) * their own`, and the version the source's. It is not trained."""
-        assert self._optimizer is None, "the state of an optimizer belongs to weights that it stepped itself"
+        assert self.optimizer is None, "the state of an optimizer belongs to weights that it stepped itself"
         source.restore()
         self.restore()
+        masters = {} if source.optimizer is None else source.optimizer.masters
         for given, changed in zip(source.stages, self.stages, strict=True):
-            blend(given, changed, eta)
+            blend(given, changed, eta, masters, self._averages)
         self.version = source.version
 
     def offload(self) -> None:
@@ -173,8 +206,9 @@ class ModelShard:
     def _move(self, device: torch.device) -> None:
         for stage in self.stages:
             stage.to(device)
-        if self._optimizer is not None:
-            move_state(self._optimizer, device)
+        if self.optimizer is not None:
+            self.optimizer.move(device)
+        self._averages = {weight: average.to(device) for weight, average in self._averages.items()}
 
     def _total_weight(self, algorithm: TrainingAlgorithm, microbatches: Sequence[Microbatch]) -> float:
         """Of the whole minibatch, over all replicas; with the last stage, where losses are."""
@@ -194,7 +228,7 @@ class ModelShard:
             num_ranks=layout.pp,
             num_microbatches=num_microbatches,
             num_chunks=layout.chunks,
-            recompute=layout.recompute,
+            recompute=layout.recompute is Recompute.STAGE,
         )
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -219,10 +253,13 @@ class ModelShard:
         if replicated[0]:
             sum_copies(replicated, self.groups.pipe)
 
-    def _step(self, losses: Losses) -> float | None:
-        """Clips and steps; returns the gradient norm before clipping, over all stages. None: the step was skipped."""
-        assert self._optimizer is not None, "checked by train"
+    def _step(self, losses: Losses, record: Record | None) -> tuple[float, float] | None:
+        """Clips and steps. Returns the gradient norm before clipping, over all stages, and the learning rate; None if
+        the step was skipped."""
+        assert self.optimizer is not None, "checked by train"
         assert self.placed.optimizer is not None, "checked by train"
+        if record is not None:
+            record.stepped(self.stages)
         squares = squared_norm(self.own_parameters()).to(self.device)
         norm, num_bad = losses.agree(squares, self.groups.data if self.stage.is_last else None, self.groups.pipe)
         if num_bad or not math.isfinite(norm):
@@ -230,18 +267,31 @@ class ModelShard:
                 losses.refuse(norm, num_bad, self.version + 1)
             return None
         clip(self._parameters(), norm, self.placed.optimizer.max_gradient_norm)
-        rate = learning_rate(self.placed.optimizer, self.version + 1)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        return norm
+        return norm, self.optimizer.step(self.version + 1)
 
 
-def _make_stages(placed: PlacedModel, place: Place, context: WorkerContext) -> tuple[Stage, ...]:
-    model = placed.model
+def _make_stages(
+    placed: PlacedModel, place: Place, context: WorkerContext
+) -> tuple[tuple[Stage, ...], dict[nn.Parameter, Tensor]]:
+    """The stages of a place, and float32 values of what is trained in another type."""
+    model, dtype = placed.model, type_of(placed.model.dtype)
+    need = Need.of(dtype, is_trained=placed.optimizer is not None)
+
+    def admit(num_parameters: int) -> None:
+        if context.room is not None:
+            context.room.take(placed.field, num_parameters, need)
+
     if model.path is not None:
-        make = partial(load_stage, model.path)
+        make = partial(load_stage, model.path, admit=admit)
     else:
-        make = partial(init_stage, model.config, context.compiled.run.seed)
-    num_stages = model.layout.num_stages
-    return tuple(make(index, num_stages, context.device, torch.float32) for index in place.stages)
+        make = partial(init_stage, model.config, context.compiled.run.seed, admit=admit)
+    stages: list[Stage] = []
+    masters: dict[nn.Parameter, Tensor] = {}
+    for index in place.stages:
+        if dtype is torch.float32:
+            stages.append(make(index, model.layout.num_stages, context.device, dtype))
+            continue
+        stage = make(index, model.layout.num_stages, torch.device("cpu"), torch.float32)
+        masters |= round_to(stage, dtype, keeps_masters=placed.optimizer is not None)
+        stages.append(stage.to(context.device))
+    return tuple(stages), masters

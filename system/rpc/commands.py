@@ -29,6 +29,8 @@ class Save:
     type: Literal["save"] = "save"
     model: str
     directory: str
+    with_optimizer: bool = False
+    """The state of the model's optimizer, too."""
 
 
 Hook = Annotated[Save | Reshard | Offload, Field(discriminator="type")]
@@ -36,11 +38,16 @@ Hook = Annotated[Save | Reshard | Offload, Field(discriminator="type")]
 
 @record
 class ShardFile:
-    """A `Save` hook's result: a file of tensors, and which tensors it holds. Empty where another replica writes."""
+    """A `Save` hook's result: a file of tensors. Empty where another replica writes."""
 
     tensors: tuple[str, ...] = ()
+    """The model's, by their names in the checkpoint: what its index is made of."""
     file: str = ""
+    """Its path within the checkpoint."""
     size_bytes: NonNegativeInt = 0
+    """Of the tensors."""
+    sha256: str = ""
+    """Of the file, in hexadecimal digits."""
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -77,6 +84,8 @@ class LoadModel:
 
     type: Literal["load_model"] = "load_model"
     model: str
+    num_optimizer_steps: NonNegativeInt = 0
+    """Of the whole run, if the model is trained: a learning rate may fall over them."""
 
 
 @record
@@ -190,6 +199,8 @@ class ModelLoaded:
     """On this worker's shard, tied copies not counted again."""
     reads_tokens: bool = True
     """Whether the shard has any use for token ids; it knows their number without them."""
+    groups_used: tuple[NonNegativeInt, ...] = ()
+    """Indices of the optimizer's groups that have a parameter on this worker's shard."""
 
 
 @record

@@ -128,6 +128,8 @@ class Welcome:
     log_directory: str
     log_json: bool = False
     """Whether to log as JSON."""
+    is_recorded: bool = False
+    """Whether each call's first minibatch is recorded, for `trainmaster doctor`."""
     orphan_s: NonNegativeFloat
     """How long to wait for a master whose connection closed, before ending."""
     silence_s: PositiveFloat

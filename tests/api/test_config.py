@@ -1,7 +1,18 @@
 from pathlib import Path
 
 import pytest
-from trainmaster.api.config import Dataset, Deadlines, Layout, Model, NaNPolicy, Optimizer, RunOptions, Schedule
+from trainmaster.api.config import (
+    Dataset,
+    Deadlines,
+    Layout,
+    Model,
+    NaNPolicy,
+    Optimizer,
+    ParameterGroup,
+    Recompute,
+    RunOptions,
+    Schedule,
+)
 from trainmaster.api.errors import ConfigError
 
 
@@ -124,7 +135,8 @@ def test_the_run_directory():
             r"Layout\.chunks = 2: chunks are of a pipeline, and pp is 1\. Raise",
         ),
         ({"pp": 2, "schedule": "interleaved"}, r"Layout\.chunks = 1: interleaved has 2 stages a worker or more"),
-        ({"recompute": True}, r"Layout\.recompute = True: with pp = 1 each backward follows its forward at once"),
+        ({"recompute": True}, r"Layout\.recompute = 'stage': with pp = 1 each backward follows its forward at once"),
+        ({"recompute": "all"}, r"Layout\.recompute = 'all': input should be 'none', 'selective', 'full' or 'stage'"),
         ({"pp": 2, "schedule": "chimera"}, r"Layout\.schedule = 'chimera': "),
     ],
 )
@@ -139,6 +151,52 @@ def test_a_layout_says_how_it_cuts():
     assert Layout(pp=2).is_cut_like(Layout(pp=2, schedule="zb-h1", recompute=True))
     assert not Layout(pp=2).is_cut_like(Layout(pp=2, schedule="interleaved", chunks=2))
     assert Layout(pp=2).schedule is Schedule.ONE_F_ONE_B
+
+
+def test_what_is_recomputed_has_one_field():
+    assert Layout().recompute is Layout(recompute=False).recompute is Recompute.NONE
+    assert Layout(pp=2, recompute=True).recompute is Recompute.STAGE
+    assert Layout(recompute="full").recompute is Recompute.FULL, "layers need no pipeline"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"decay_floor": 0.1},
+            r"Optimizer\.decay_floor = 0\.1: the rate of schedule constant does not fall\. Leave it",
+        ),
+        ({"decay_steps": 5}, r"Optimizer\.decay_steps = 5: the rate of schedule constant does not fall"),
+        (
+            {"schedule": "cosine", "decay_floor": 1.5},
+            r"Optimizer\.decay_floor = 1\.5: is a part of the rate\. Use 0 to",
+        ),
+        (
+            {"schedule": "linear", "warmup_steps": 5, "decay_steps": 5},
+            r"Optimizer\.decay_steps = 5: includes the 5 warmup_steps, so nothing is left to fall in\. Raise it",
+        ),
+        ({"schedule": "step"}, r"Optimizer\.schedule = 'step': input should be 'constant', 'linear' or 'cosine'"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Optimizer(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parameters": "(", "weight_decay": 0.0}, r"ParameterGroup\.parameters = '\(': is no regular expression \("),
+        ({"parameters": "norm"}, r"ParameterGroup\.parameters = 'norm': the group changes nothing\. Give it a"),
+        (
+            {"parameters": "norm", "learning_rate": 0.0},
+            r"ParameterGroup\.learning_rate = 0\.0: input should be greater",
+        ),
+    ],
+)
+def test_a_group_that_makes_no_sense_is_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        ParameterGroup(**fields)
 
 
 def test_a_bad_loss_stops_a_run_unless_told_otherwise():

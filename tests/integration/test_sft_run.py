@@ -15,7 +15,7 @@ LAYOUTS = {
     "pp1": [],
     "pp2": ["--model.layout.pp", "2"],
     "chunks": ["--model.layout.pp", "2", "--model.layout.schedule", "interleaved", "--model.layout.chunks", "2"],
-    "zb-h1": ["--model.layout.pp", "2", "--model.layout.schedule", "zb-h1", "--model.layout.recompute"],
+    "zb-h1": ["--model.layout.pp", "2", "--model.layout.schedule", "zb-h1", "--model.layout.recompute", "stage"],
     "dp2-ahead": ["--model.layout.dp", "2", "--run.max_steps_ahead", "2"],
     "pp3": ["--model.layout.pp", "3", "--minibatch_size", "8"],
     "pp2dp2": ["--model.layout.pp", "2", "--model.layout.dp", "2", "--minibatch_size", "8"],

@@ -11,10 +11,10 @@ TIMED = ("--model.layout.pp", "2", "--run.steps", "2", "--run.timeline_steps", "
 
 def test_a_timed_step_is_drawn_beside_its_prediction(workbench: Workbench) -> None:
     chunks = ("--model.layout.schedule", "interleaved", "--model.layout.chunks", "2")
-    done = workbench.run(*TIMED, *chunks, "--model.layout.recompute")
+    done = workbench.run(*TIMED, *chunks, "--model.layout.recompute", "stage")
     assert done.returncode == 0, done.stderr
-    assert "schedule interleaved, 2 chunks, activations recomputed, on workers 0" in done.stdout
-    assert "schedule interleaved, 2 chunks, activations recomputed: a bubble of" in done.stdout
+    assert "schedule interleaved, 2 chunks, recompute stage, on workers 0" in done.stdout
+    assert "schedule interleaved, 2 chunks, recompute stage: a bubble of" in done.stdout
     files = sorted((workbench.folder / "runs" / "test" / "timelines").iterdir())
     assert [file.name for file in files] == [f"step-2-worker-{rank}.jsonl" for rank in range(2)]
     for rank, file in enumerate(files):

@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy
 import torch
 from preloaded import forking
-from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, Precision, RunOptions
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.sft import SFT
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
@@ -67,6 +67,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=lambda: QWEN)
     num_steps: int = 2
     optimizer: Optimizer = OPTIMIZER
+    dtype: Precision = Precision.FLOAT32
 
     def share(self, dp: int, step: int) -> list[Microbatch]:
         """A replica's microbatches of a step."""
@@ -125,7 +126,9 @@ def outcome(shard: ModelShard, case: Case) -> Outcome:
 
 def _weights(shard: ModelShard) -> dict[str, numpy.ndarray]:
     return {
-        name: each.detach().numpy().copy() for stage in shard.stages for name, each in stage.model.named_parameters()
+        name: each.detach().float().numpy().copy()
+        for stage in shard.stages
+        for name, each in stage.model.named_parameters()
     }
 
 
@@ -151,7 +154,7 @@ def make_context(case: Case, rank: int) -> WorkerContext:
 
 
 def _compiled(case: Case) -> CompiledExperiment:
-    model = Model(config=case.config, tokenizer=Path("none"), layout=case.layout)
+    model = Model(config=case.config, tokenizer=Path("none"), layout=case.layout, dtype=case.dtype)
     compiled = SFT(
         model=model,
         dataset=Dataset(path=Path("none")),

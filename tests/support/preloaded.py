@@ -7,7 +7,7 @@ From `main` on, a copy does what `python -m trainmaster ...` does. It is a child
 command line and environment, in /proc too. Unlike in a new interpreter, nothing is left to import late, and all copies
 share one seed of hashes. So some runs are to start anew: those with TRAINMASTER_TEST_FRESH in their environment.
 
-A `trainmaster run` gets a preloaded process of its own, so that what it starts becomes its child.
+A `trainmaster run` or `doctor` gets a preloaded process of its own, so that what it starts becomes its child.
 Linux only: elsewhere all start anew.
 """
 
@@ -45,6 +45,8 @@ IMPORTS = (
 FRESH = "TRAINMASTER_TEST_FRESH"
 ROOM = "-" * 2**16
 """In the preloaded process's command line and environment, for those of its copies."""
+STARTING_OTHERS = (["run"], ["doctor"])
+"""Commands."""
 MAX_BYTES = 2**17
 """Of a request."""
 _libc = ctypes.CDLL(None)
@@ -174,7 +176,7 @@ def _serve(connection: socket.socket) -> tuple[dict[str, Any], list[int], socket
                 os._exit(0)  # its child is an orphan now
             _close(told, tells)
             connection.close()
-            if _without_options(request["arguments"])[:3] != ["-m", "trainmaster", "run"]:
+            if _without_options(request["arguments"])[2:3] not in STARTING_OTHERS:
                 return request, streams, None
             ours, connection = _pair()
             if os.fork():

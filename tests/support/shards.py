@@ -25,7 +25,7 @@ import torch
 from preloaded import forking
 from trainmaster.api.algorithms import KLEstimator, LossNormalisation, PolicyLoss
 from trainmaster.api.balance import plan_microbatches
-from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, RunOptions, Schedule
+from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, Precision, RunOptions, Schedule
 from trainmaster.api.experiments.answers import PROMPT_KEYS, generate_call
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.grpo import GRPO
@@ -253,6 +253,17 @@ def _run(job: Callable[..., Report], rank: int, port: int, arguments: tuple[obje
 
 def lone_shard(layout: Layout, rank: int, is_trained: bool = True, device: torch.device | None = None) -> ModelShard:
     """Rank's shard of a model in this layout, which knows no other worker."""
+    return shard_of(layout, OPTIMIZER if is_trained else None, rank=rank, device=device)
+
+
+def shard_of(
+    layout: Layout,
+    optimizer: Optimizer | None,
+    dtype: Precision = Precision.FLOAT32,
+    rank: int = 0,
+    device: torch.device | None = None,
+) -> ModelShard:
+    """As `lone_shard`, with any optimizer (None: it is not trained) and of any type."""
     context = WorkerContext(
         rank=rank,
         num_workers=layout.num_workers,
@@ -261,8 +272,7 @@ def lone_shard(layout: Layout, rank: int, is_trained: bool = True, device: torch
         name="lone",
         address=ADDRESS,
     )
-    optimizer = OPTIMIZER if is_trained else None
-    placed = PlacedModel(model=replace(MODEL, layout=layout), optimizer=optimizer, field="actor")
+    placed = PlacedModel(model=replace(MODEL, layout=layout, dtype=dtype), optimizer=optimizer, field="actor")
     return ModelShard(placed, context, ShardGroups())
 
 

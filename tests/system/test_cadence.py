@@ -1,9 +1,17 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trainmaster.api.config import RunOptions
+from trainmaster.api.config import Dataset, Model, RunOptions
 from trainmaster.api.errors import ConfigError
-from trainmaster.system.cadence import Cadence, plan_cadence
+from trainmaster.api.experiments.grpo import GRPO
+from trainmaster.api.experiments.sft import SFT
+from trainmaster.api.graph import Graph
+from trainmaster.api.rewards import Reward
+from trainmaster.api.sampling import Sampling
+from trainmaster.system.cadence import Cadence, optimizer_steps, plan_cadence
 
 
 def steps(cadence: Cadence, when: str) -> list[int]:
@@ -56,3 +64,26 @@ def test_a_run_without_a_whole_batch_is_refused():
 def test_the_cadence_takes_the_runs_intervals():
     cadence = plan_cadence(RunOptions(steps=4, save_every=2, evaluate_every=3), 10, 1)
     assert (cadence.save_every, cadence.evaluate_every) == (2, 3)
+
+
+def test_optimizer_steps_of_a_traversal_are_those_of_the_models_trainings():
+    model, rows = Model(path=Path("none")), Dataset(path=Path("none"))
+    sft = SFT(model=model, dataset=rows, batch_size=24, minibatch_size=8).compile()
+    assert optimizer_steps(sft.training.graph, "model") == 3
+    grpo = GRPO(
+        actor=model,
+        prompts=rows,
+        reward=Reward(function="exact_match"),
+        sampling=Sampling(max_new_tokens=4),
+        batch_size=8,
+        group_size=4,
+        minibatches=4,
+        kl_coefficient=0.1,
+    ).compile()
+    assert optimizer_steps(grpo.training.graph, "actor") == 4
+    assert optimizer_steps(grpo.training.graph, "reference") == 0
+    (train,) = (call for call in sft.training.graph.model_calls)
+    twice = Graph(
+        "twice", (replace(train, passes=2), replace(train, name="half", batch_size=12)), ("tokens", "loss_mask")
+    )
+    assert optimizer_steps(twice, "model") == 2 * 3 + 2 * 2, "12 sequences are two minibatches, and go twice"

@@ -3,13 +3,16 @@ from pathlib import Path
 
 import pytest
 from trainmaster.api.errors import RunError
-from trainmaster.system.checkpoints import INDEX, CheckpointFolder
+from trainmaster.system.checkpoints import CheckpointFolder
 from trainmaster.system.rpc.commands import ShardFile
+from trainmaster.system.service.manifest import INDEX, MANIFEST, WrittenFile, read_manifest
+
+SHA256 = "0" * 64
 
 
 def write(folder: Path, name: str, *tensors: str) -> ShardFile:
     (folder / name).write_bytes(b"x" * len(tensors))
-    return ShardFile(file=name, tensors=tensors, size_bytes=len(tensors))
+    return ShardFile(file=name, tensors=tensors, size_bytes=len(tensors), sha256=SHA256)
 
 
 def test_a_checkpoint_of_one_file_has_no_index(tmp_path: Path):
@@ -17,7 +20,7 @@ def test_a_checkpoint_of_one_file_has_no_index(tmp_path: Path):
     file = write(folder.begin(5), "model.safetensors", "a", "b")
     path = folder.publish(5, [file, ShardFile()])
     assert path == tmp_path / "checkpoints" / "step-5"
-    assert [each.name for each in path.iterdir()] == ["model.safetensors"]
+    assert sorted(each.name for each in path.iterdir()) == [MANIFEST, "model.safetensors"]
 
 
 def test_a_checkpoint_of_several_files_has_an_index_of_all_tensors(tmp_path: Path):
@@ -28,6 +31,19 @@ def test_a_checkpoint_of_several_files_has_an_index_of_all_tensors(tmp_path: Pat
     assert index == {
         "metadata": {"total_size": 3},
         "weight_map": {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"},
+    }
+
+
+def test_the_manifest_has_all_files_and_the_index_the_weights_alone(tmp_path: Path):
+    folder = CheckpointFolder(tmp_path)
+    partial = folder.begin(5)
+    (partial / "optimizer").mkdir()
+    files = [write(partial, "optimizer/one.safetensors"), write(partial, "model.safetensors", "a")]
+    path = folder.publish(5, files)
+    assert not (path / INDEX).exists()
+    assert read_manifest(path) == {
+        "model.safetensors": WrittenFile(size_bytes=1, sha256=SHA256),
+        "optimizer/one.safetensors": WrittenFile(size_bytes=0, sha256=SHA256),
     }
 
 
@@ -44,7 +60,7 @@ def test_the_directory_has_its_name_only_when_it_is_whole(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "rename", spy)
     folder.publish(5, files)
-    assert seen == [([INDEX, "one.safetensors", "two.safetensors"], False)]
+    assert seen == [([MANIFEST, INDEX, "one.safetensors", "two.safetensors"], False)]
     assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-5"]
 
 

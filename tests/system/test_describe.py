@@ -41,7 +41,7 @@ def test_schedules_are_named_and_what_is_foretold_of_them():
         return "all will be well"
 
     lines = describe(compiled, foretell).splitlines()
-    assert "trained, schedule interleaved, 3 chunks, activations recomputed, dp=1" in lines[1]
+    assert "trained, schedule interleaved, 3 chunks, recompute stage, dp=1" in lines[1]
     assert lines[-1] == "train on model in 2 microbatches, the fewest: all will be well"
     assert asked == [(layout, 2)]
     assert describe(compiled, lambda *_: "") == describe(compiled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,6 +167,18 @@ def bench(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for path in tiny_folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return Bench(tmp_path)
+
+
+def test_a_save_writes_the_optimizer_too_if_it_is_asked_to(bench: Bench) -> None:
+    bench.call("train")
+    directory = bench.folder / "saved"
+    save = Save(model="actor", directory=str(directory), with_optimizer=True)
+    success, _ = bench.ask(Release(ids=()), post_hooks=(save,))
+    assert [file.file for file in success.files] == ["model.safetensors", "optimizer/00001-of-00001.safetensors"]
+    for file in success.files:
+        assert file.sha256 == hashlib.sha256((directory / file.file).read_bytes()).hexdigest()
+    weights, state = (load_file(directory / file.file) for file in success.files)
+    assert state.keys() == {f"{name}.{key}" for name in weights for key in ("step", "exp_avg", "exp_avg_sq")}
 
 
 def test_resharding_after_a_training_copies_its_weights_and_their_version(bench: Bench) -> None:

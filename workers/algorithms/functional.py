@@ -1,13 +1,13 @@
-"""Formulas that algorithms share, on packed rows: T tokens, S sequences, n chosen positions, V words."""
+"""Formulas that algorithms share, on packed rows: T tokens, S sequences, n chosen positions, H hidden size."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.attention import PackedBatch
 from ..models.stage import Stage
+from .scoring import score
 
 
 def predicted_positions(mask: Tensor, packed: PackedBatch) -> Tensor:
@@ -17,31 +17,33 @@ def predicted_positions(mask: Tensor, packed: PackedBatch) -> Tensor:
     return chosen.nonzero().squeeze(1)
 
 
-def token_log_probabilities(stage: Stage, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-    """`log p(token at each position | what precedes it)`, `[n]`, float32.
+def token_log_probabilities(
+    stage: Stage, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """`log p(token at each position | what precedes it)` of the softmax at this temperature, `[n]`, float32.
 
     hidden `[1, T, H]`, tokens `[1, T]`, positions `[n]`, none the first of its sequence. The head runs on these
-    positions only, so a prompt costs no logits.
+    positions only, so a prompt costs no logits; see `scoring`.
     """
-    before = hidden[:, positions - 1]  # [1, n, H]
-    logits = stage.logits(before)[0].float()  # [n, V]
-    return -F.cross_entropy(logits, tokens[0, positions], reduction="none")
+    return _score(stage, hidden, tokens, positions, temperature, with_entropy=False)[0]
 
 
-def chosen_log_probabilities(
-    stage: Stage, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float
+def log_probabilities_and_entropy(
+    stage: Stage, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """As `token_log_probabilities`, of the softmax at this temperature, and the entropy of that softmax (no gradient).
-
-    Both `[n]`, float32.
-    """
-    logits = stage.logits(hidden[:, positions - 1])[0].float() / temperature  # [n, V]
-    log_probabilities = logits.log_softmax(-1)
-    with torch.no_grad():
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-    return log_probabilities.gather(-1, tokens[0, positions, None]).squeeze(-1), entropy
+    """As `token_log_probabilities`, and the entropy of the same softmax (no gradient). Both `[n]`, float32."""
+    log_probabilities, entropy = _score(stage, hidden, tokens, positions, temperature, with_entropy=True)
+    assert entropy is not None, "asked for"
+    return log_probabilities, entropy
 
 
 def zero_connected(hidden: Tensor) -> Tensor:
     """The loss of a microbatch with nothing to learn: a zero, through which gradients of zero still flow."""
     return torch.zeros((), device=hidden.device) * hidden.sum()
+
+
+def _score(
+    stage: Stage, hidden: Tensor, tokens: Tensor, positions: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    before, num_words = hidden[:, positions - 1], stage.config.get_text_config().vocab_size  # [1, n, H]
+    return score(stage.logits, before, tokens[0, positions], num_words, temperature, with_entropy)

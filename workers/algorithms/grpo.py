@@ -14,7 +14,7 @@ Sums go over the whole minibatch, all data-parallel ranks and microbatches, so t
 
 KL(p || r) of one token with d = log r - log p:  k1 = -d,  k2 = d^2 / 2,  k3 = exp(d) - 1 - d.
 
-Shapes: T tokens of the packed row, S sequences, n response tokens, V words.
+Shapes: T tokens of the packed row, S sequences, n response tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ from torch import Tensor
 from ...api.algorithms import KLEstimator, LogProbabilities, LossNormalisation, PolicyLoss
 from ..data.microbatch import Microbatch
 from ..models.stage import Stage
-from .functional import chosen_log_probabilities, predicted_positions, zero_connected
+from .functional import (
+    log_probabilities_and_entropy,
+    predicted_positions,
+    token_log_probabilities,
+    zero_connected,
+)
 from .statistics import Statistics
 
 MAX_LOG_RATIO = 20.0
@@ -69,7 +74,7 @@ class GroupRelativePolicy:
             statistics.add("loss", 0.0, self.weight(microbatch))
             self._record(statistics, *(hidden.new_zeros(0) for _ in range(4)))
             return zero_connected(hidden)
-        now, entropy = chosen_log_probabilities(stage, hidden, microbatch.tokens, positions, settings.temperature)
+        now, entropy = log_probabilities_and_entropy(stage, hidden, microbatch.tokens, positions, settings.temperature)
         sequence = torch.bucketize(positions, microbatch.packed.cu_seqlens[1:].long(), right=True)  # [n], of S
         advantage = keys["advantage"][sequence]
         log_ratio = now - keys["log_probabilities"][positions]
@@ -110,5 +115,5 @@ class ResponseLogProbabilities:
         out = torch.zeros(microbatch.num_tokens, device=hidden.device)
         if len(positions):
             temperature = self.settings.temperature
-            out[positions], _ = chosen_log_probabilities(stage, hidden, microbatch.tokens, positions, temperature)
+            out[positions] = token_log_probabilities(stage, hidden, microbatch.tokens, positions, temperature)
         return {"log_probabilities": out}

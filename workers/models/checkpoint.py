@@ -1,8 +1,8 @@
 """Writing stages as an ordinary Hugging Face directory, every stage's process its own file.
 
-    stage 0, 1, ...  write_stage   -> model-00001-of-00003.safetensors, ...    and a StageFile each
-    stage 0          write_config  -> config.json, generation_config.json
-    the master, from the StageFiles -> model.safetensors.index.json            (not here: the master has no torch)
+    stage 0, 1, ...  write_stage    -> model-00001-of-00003.safetensors, ...    and a ShardFile each
+    stage 0          write_config   -> config.json, generation_config.json
+    the master, from the ShardFiles -> model.safetensors.index.json, manifest.json   (not here: it has no torch)
 
 Invariants: every tensor is in one file; names and shapes are those that transformers itself would save; files are
 synced to disk before a call returns. Files are written in place: give a new directory, and rename it when complete.
@@ -10,42 +10,45 @@ synced to disk before a call returns. Files are written in place: give a new dir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from ...system.rpc.commands import ShardFile
 from ...system.service.files import sync
 from . import hf_compat
+from .integrity import digest_of
 from .stage import Stage
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageFile:
-    """What one stage wrote: its part of the checkpoint's index."""
-
-    name: str
-    """The file, within the directory."""
-    tensors: tuple[str, ...]
-    """Their names in the checkpoint."""
-    total_size_bytes: int
-    """Of the tensors."""
-
-
-def write_stage(stage: Stage, directory: Path) -> StageFile:
+def write_stage(stage: Stage, directory: Path) -> ShardFile:
     """Write the tensors of one stage into `directory`, which is made if need be."""
-    directory.mkdir(parents=True, exist_ok=True)
     name = "model.safetensors"
     if stage.num_stages > 1:
-        name = f"model-{stage.index + 1:05d}-of-{stage.num_stages:05d}.safetensors"
+        name = f"model-{part_of(stage)}.safetensors"
     tensors = stage_tensors(stage)
-    save_file(tensors, directory / name, metadata={"format": "pt"})
-    sync(directory / name)
-    sync(directory)
-    return StageFile(
-        name=name, tensors=tuple(tensors), total_size_bytes=sum(tensor.nbytes for tensor in tensors.values())
-    )
+    return replace(write_tensors(tensors, directory, name, {"format": "pt"}), tensors=tuple(tensors))
+
+
+def part_of(stage: Stage) -> str:
+    """In names of files: "00001-of-00003" for the first of three stages."""
+    return f"{stage.index + 1:05d}-of-{stage.num_stages:05d}"
+
+
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], directory: Path, name: str, metadata: Mapping[str, str]
+) -> ShardFile:
+    """Write a file of tensors, `name` within the checkpoint `directory`, with whatever folders that takes."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    sync(path)
+    sync(path.parent)
+    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    return ShardFile(file=name, size_bytes=size_bytes, sha256=digest_of(path))
 
 
 def write_config(stage: Stage, directory: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from transformers.utils import logging as hf_logging
 from ...api.errors import ModelError
 
 Prune = Callable[[PreTrainedModel], None]
+
+_COMPUTED = (".inv_freq", ".position_ids")
+"""Ends of names of buffers that older versions saved, and that are computed now."""
 
 
 @contextmanager
@@ -54,6 +57,15 @@ def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         )
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class, or several of which the first is the usual one
     return found[0] if isinstance(found, tuple | list) else found
+
+
+def own_model(config: PretrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A whole model as transformers itself runs it, in its own attention, with copies of these weights."""
+    config._attn_implementation = "eager"
+    with quiet():
+        model = causal_lm_class(config)(config)
+        model.load_state_dict(weights)
+    return model.eval()
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
@@ -98,7 +110,6 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
                 reason = "takes no attention but its own, which cannot keep packed sequences apart; use another type"
             raise ModelError(f"model type {config.model_type!r} {reason}") from error
         prune(self)
-        self._keys_to_ignore_on_load_unexpected = {r".*"}  # other stages' tensors
 
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
@@ -108,9 +119,18 @@ def read_pruned(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a pruned model on the CPU and tie it; reads only the tensors that are left after pruning.
 
-    Returns the model and what is wrong with the checkpoint: one line for each missing or misshapen tensor.
+    Returns the model and what is wrong with the checkpoint: one line for each tensor that is missing, misshapen, or of
+    no stage.
     """
-    loaded: Any = pruned_class(causal_lm_class(config), prune).from_pretrained(  # its type depends on its arguments
+    names: set[str] = set()
+
+    def note_and_prune(model: PreTrainedModel) -> None:
+        names.update(model.state_dict())
+        prune(model)
+
+    loaded: Any = pruned_class(
+        causal_lm_class(config), note_and_prune
+    ).from_pretrained(  # its type depends on its arguments
         directory,
         config=config,
         attn_implementation=attention,
@@ -122,6 +142,8 @@ def read_pruned(
     )
     model, report = loaded
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    extra = set(report["unexpected_keys"]) - names
+    faults += [f"{name} is of no use to the model" for name in sorted(extra) if not name.endswith(_COMPUTED)]
     for name, found, wanted in sorted(report["mismatched_keys"]):
         faults.append(f"{name} has shape {list(found)} where the model has {list(wanted)}")
     return model, faults
@@ -136,13 +158,21 @@ def build_pruned(config: PretrainedConfig, prune: Prune, attention: str, dtype: 
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
         model = model_class(config)
-    if plan := model._get_dtype_plan(dtype):  # parameters that stay float32 in half-precision models
-        pattern, glob_of_group, _ = build_glob_alternation(list(plan))
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            match = re.search(pattern, name)
-            if match is not None and match.lastgroup is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.to(plan[glob_of_group[match.lastgroup]])
+    kept = float32_names(model, dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in kept:
+            tensor.data = tensor.data.to(torch.float32)
     return model
+
+
+def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of parameters and buffers that the model's author keeps in float32 in models of this half precision."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    pattern, _, _ = build_glob_alternation(list(plan))
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name for name, tensor in tensors if tensor.is_floating_point() and re.search(pattern, name) is not None}
 
 
 def initialise_module(model: PreTrainedModel, module: nn.Module) -> None:

@@ -10,7 +10,7 @@ model at any time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,34 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...api.errors import ModelError
-from . import attention, hf_compat, probe
+from . import attention, hf_compat, integrity, probe
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune
 from .stage import Stage
 
+Admit = Callable[[int], None]
+"""Told a stage's number of parameters before any is read or drawn; raises if they are too many."""
+
 
 def load_stage(
-    path: Path, index: int, num_stages: int, device: torch.device, dtype: torch.dtype = torch.float32
+    path: Path,
+    index: int,
+    num_stages: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    admit: Admit | None = None,
 ) -> Stage:
     """Read stage `index` of `num_stages` of the checkpoint in the directory `path`, in training mode.
 
-    Only safetensors, and only this stage's tensors, are read. Raises ModelError for a directory that is no checkpoint,
-    names of missing or misshapen tensors, and models that no stage can run; ConfigError for more stages than layers.
+    Only safetensors, and only this stage's tensors, are read; files are checked first (see `integrity`). Raises
+    ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or too many,
+    by name, and for models that no stage can run; ConfigError for more stages than layers.
     """
     with hf_compat.quiet():
         config = config_from_directory(path)
+        integrity.check(path, index, num_stages)
         attention.register()
-        pruning = _Pruning(index, num_stages)
+        pruning = _Pruning(index, num_stages, admit)
         try:
             with _blaming_the_cut(num_stages):
                 model, faults = hf_compat.read_pruned(path, config, pruning, attention.ATTENTION, dtype)
@@ -57,6 +67,7 @@ def init_stage(
     num_stages: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    admit: Admit | None = None,
 ) -> Stage:
     """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
 
@@ -68,7 +79,7 @@ def init_stage(
     """
     with hf_compat.quiet():
         attention.register()
-        pruning = _Pruning(index, num_stages)
+        pruning = _Pruning(index, num_stages, admit)
         described = config_from_keywords(config)
         model = hf_compat.build_pruned(described, pruning, attention.ATTENTION, dtype)
         with _blaming_the_cut(num_stages):
@@ -79,12 +90,14 @@ def init_stage(
 class _Pruning:
     """Prunes the one model that it is called with and keeps how."""
 
-    def __init__(self, index: int, num_stages: int) -> None:
-        self.index, self.num_stages = index, num_stages
+    def __init__(self, index: int, num_stages: int, admit: Admit | None) -> None:
+        self.index, self.num_stages, self._admit = index, num_stages, admit
         self.cut: Cut | None = None
 
     def __call__(self, model: PreTrainedModel) -> None:
         self.cut = prune(model, self.index, self.num_stages)
+        if self._admit is not None:
+            self._admit(sum(parameter.numel() for parameter in model.parameters()))
 
 
 @contextmanager

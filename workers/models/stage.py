@@ -12,7 +12,7 @@ Shapes: T tokens in a packed row, H hidden size, V vocabulary size, n any number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .attention import PackedBatch, PackedPass, packed
 from .cut import Cut, balanced_split
+from .products import HALF, float32_products
 
 __all__ = ["Stage", "balanced_split"]
 
@@ -70,6 +71,13 @@ class Stage(nn.Module):
             return []
         return [(name, parameter) for name, parameter in self.model.named_parameters() if self.cut.is_shared(name)]
 
+    def own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """By their names in `model`, less copies of those that an earlier stage holds: all stages' are the model's."""
+        copies = set() if self.is_first else {id(parameter) for _, parameter in self.replicated}
+        if not self.is_first and self.tied_embedding is not None:
+            copies.add(id(self.tied_embedding))
+        return [pair for pair in self.model.named_parameters() if id(pair[1]) not in copies]
+
     @property
     def reads_tokens(self) -> bool:
         """Whether it matters which ids it is given: to embed them, to score them, or for what every stage holds."""
@@ -109,10 +117,10 @@ class Stage(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own head, softcap and scaling included, on any of the last stage's outputs.
 
-        hidden [1, n, H] -> [1, n, V].
+        hidden [1, n, H] -> [1, n, V], float32 in models of half precision, too.
         """
         assert self.is_last, f"stage {self.index} of {self.num_stages} has no head"
-        with self._decoder_gives(hidden):
+        with self._decoder_gives(hidden), float32_products() if hidden.dtype in HALF else nullcontext():
             return self.model(inputs_embeds=hidden, use_cache=False).logits
 
     @contextmanager

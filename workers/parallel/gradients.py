@@ -14,13 +14,13 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: Group) -> No
     """Sums gradients over the group, in one message a type. A parameter without a gradient counts as zeros."""
     for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
-        gradients = [parameter.grad for parameter in parameters if parameter.dtype == dtype]
-        flat = torch.cat([gradient.view(-1) for gradient in gradients if gradient is not None])
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # float32 for half precision
+    all_gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for dtype in dict.fromkeys(gradient.dtype for gradient in all_gradients):
+        gradients = [gradient for gradient in all_gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.view(-1) for gradient in gradients])
         group.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([parameter.numel() for parameter in parameters]), strict=True):
-            assert gradient is not None, "filled above"
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 

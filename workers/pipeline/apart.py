@@ -41,9 +41,11 @@ class Deferred:
         for matrix, given, gradient, is_transposed in self._products:
             left, right = (given, gradient) if is_transposed else (gradient, given)
             if matrix.grad is None:
-                matrix.grad = left.t() @ right
-            else:
+                matrix.grad = (left.t() @ right).to(matrix.grad_dtype)  # float32 for half precision
+            elif matrix.grad.dtype is left.dtype:
                 matrix.grad.addmm_(left.t(), right)
+            else:
+                matrix.grad.add_(left.t() @ right)
         self._products.clear()
 
 
@@ -90,14 +92,15 @@ def _product(given: Tensor, matrix: Tensor, store: Deferred, is_transposed: bool
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, matrix: Tensor, store: Deferred, is_transposed: bool) -> Tensor:
-        ctx.save_for_backward(given, matrix)
-        ctx.store, ctx.is_transposed = store, is_transposed
+        ctx.save_for_backward(given)
+        # the parameter itself, whose `.grad` is to be set: a recomputed layer would give back another tensor
+        ctx.matrix, ctx.store, ctx.is_transposed = matrix, store, is_transposed
         return given @ matrix if is_transposed else F.linear(given, matrix)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
-        given, matrix = ctx.saved_tensors
+        (given,), matrix = ctx.saved_tensors, ctx.matrix
         ctx.store.add(matrix, given.detach(), gradient, ctx.is_transposed)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...api.config import Layout
+from ...api.config import Layout, Recompute
 from ...api.errors import ConfigError
 from .drawing import draw
 from .formulas import Formulas, formulas
@@ -108,11 +108,12 @@ def foretell(layout: Layout, num_microbatches: int) -> str:
     """
     if layout.pp == 1 or layout.num_stages * num_microbatches > _MOST_IN_PASSING:
         return ""
-    program = training_program(layout.pp, num_microbatches, Kind(layout.schedule), layout.chunks, layout.recompute)
+    is_again = layout.recompute is Recompute.STAGE
+    program = training_program(layout.pp, num_microbatches, Kind(layout.schedule), layout.chunks, is_again)
     bubble, held = figures(simulate(program, Times())).bubble, peaks(program)
     what = "chunks" if layout.chunks > 1 else "microbatches"
     told = f"a bubble of {bubble:.1%}, at most {_listed(each.activations for each in held)} {what} live, by rank"
-    return told + (f", and inputs of {_listed(each.inputs for each in held)}" if layout.recompute else "")
+    return told + (f", and inputs of {_listed(each.inputs for each in held)}" if is_again else "")
 
 
 def _size(planned: Planned) -> str:

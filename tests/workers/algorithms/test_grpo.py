@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainmaster.api.algorithms import KLEstimator, LogProbabilities, LossNormalisation, PolicyLoss, SupervisedLoss
 from trainmaster.workers.algorithms import inference_algorithm, training_algorithm
-from trainmaster.workers.algorithms.functional import chosen_log_probabilities, token_log_probabilities
+from trainmaster.workers.algorithms.functional import log_probabilities_and_entropy, token_log_probabilities
 from trainmaster.workers.algorithms.grpo import GroupRelativePolicy, ResponseLogProbabilities, kl_divergence
 from trainmaster.workers.algorithms.statistics import Statistics
 from trainmaster.workers.data.microbatch import Microbatch
 from trainmaster.workers.models.attention import PackedBatch
+from transformers import PretrainedConfig
 
 CPU = torch.device("cpu")
 CUTS = (
@@ -142,6 +143,8 @@ def test_loss_gradients_and_statistics_equal_the_equations(
 
 class IdentityHead:
     """A last stage whose hidden states are the logits."""
+
+    config = PretrainedConfig(vocab_size=2)
 
     @staticmethod
     def logits(hidden):
@@ -300,13 +303,13 @@ def test_log_probabilities_of_the_policy_itself_give_no_penalty(twin):
     assert statistics["clip_fraction"].total == 0
 
 
-def test_at_temperature_one_both_log_probabilities_agree(twin):
+def test_log_probabilities_are_the_same_with_and_without_entropy(twin):
     microbatch = twin.microbatch((0, 4))
     positions = microbatch.keys["loss_mask"].nonzero().squeeze(1)
     with torch.no_grad():
         hidden = twin.hidden(microbatch)
         plain = token_log_probabilities(twin.stage, hidden, microbatch.tokens, positions)
-        chosen, entropy = chosen_log_probabilities(twin.stage, hidden, microbatch.tokens, positions, 1.0)
+        chosen, entropy = log_probabilities_and_entropy(twin.stage, hidden, microbatch.tokens, positions)
     torch.testing.assert_close(plain, chosen)
     assert (entropy > 0).all()
     assert (entropy < math.log(24)).all()

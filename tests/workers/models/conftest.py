@@ -89,9 +89,9 @@ def write_checkpoint() -> Callable[[list[Stage], Path], None]:
         files = [write_stage(stage, directory) for stage in stages]
         write_config(stages[0], directory)
         if len(files) > 1:
-            weight_map = {name: part.name for part in files for name in part.tensors}
+            weight_map = {name: part.file for part in files for name in part.tensors}
             assert len(weight_map) == sum(len(part.tensors) for part in files), "a tensor was written twice"
-            index = {"metadata": {"total_size": sum(part.total_size_bytes for part in files)}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(part.size_bytes for part in files)}, "weight_map": weight_map}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return write

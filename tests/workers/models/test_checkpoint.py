@@ -47,16 +47,16 @@ def test_what_was_initialised_can_be_written_and_cut_anew(config, write_checkpoi
 def test_file_names_and_index(qwen2, tmp_path):
     stages = [init_stage(qwen2, 1, index, 3, CPU) for index in range(3)]
     files = [write_stage(stage, tmp_path) for stage in stages]
-    assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [file.file for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     for file in files:
-        with safe_open(tmp_path / file.name, "pt") as opened:
+        with safe_open(tmp_path / file.file, "pt") as opened:
             assert sorted(opened.keys()) == sorted(file.tensors)
     assert "model.embed_tokens.weight" in files[0].tensors
     assert "model.embed_tokens.weight" not in files[2].tensors
     assert not any("lm_head.weight" in file.tensors for file in files)
     num_parameters = sum(p.numel() for p in init_stage(qwen2, 1, 0, 1, CPU).parameters())
-    assert sum(file.total_size_bytes for file in files) == 4 * num_parameters
-    assert write_stage(init_stage(qwen2, 1, 0, 1, CPU), tmp_path / "new" / "one").name == "model.safetensors"
+    assert sum(file.size_bytes for file in files) == 4 * num_parameters
+    assert write_stage(init_stage(qwen2, 1, 0, 1, CPU), tmp_path / "new" / "one").file == "model.safetensors"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

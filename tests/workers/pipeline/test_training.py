@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from pipelines import GPT2, QWEN, Case, Outcome, Pool, alone, joined, make_shard, microbatch, processes
-from trainmaster.api.config import Layout, Schedule
+from trainmaster.api.config import Layout, Precision, Recompute, Schedule
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,6 +30,10 @@ CASES = [
     *(Case(layout=layout(schedule, 2, dp=2)) for schedule in SCHEDULES),
     *(Case(layout=layout(schedule, 4), num_microbatches=m) for schedule in SCHEDULES[:3] for m in (3, 5)),
     *(Case(layout=layout(schedule, 2, recompute=True), num_microbatches=4) for schedule in SCHEDULES),
+    *(
+        Case(layout=replace(layout(schedule, 2), recompute=recompute))
+        for schedule, recompute in (("1f1b", Recompute.SELECTIVE), ("zb-h1", Recompute.FULL))
+    ),
     *(Case(layout=layout(schedule, 2), config=UNTIED) for schedule in ("1f1b", "zb-h1", "interleaved")),
     *(Case(layout=layout(schedule, 2), config=NO_DROPOUT) for schedule in ("zb-h1", "interleaved")),
     Case(layout=Layout(schedule=Schedule.GPIPE)),
@@ -40,7 +44,7 @@ CASES = [
 
 def name_of(case: Case) -> str:
     cut = case.layout
-    again = "-recompute" if cut.recompute else ""
+    again = "" if cut.recompute is Recompute.NONE else f"-recompute-{cut.recompute}"
     tied = "" if case.config is QWEN else f"-{case.config['model_type']}-untied"
     return f"{cut.schedule}{again}-dp{cut.dp}-pp{cut.pp}-m{case.num_microbatches}{tied}"
 
@@ -78,6 +82,21 @@ def test_gradients_and_two_steps_are_those_of_one_process_on_every_stage(pool: P
     assert sum(bool(each.losses) for each in outcomes) == case.layout.dp, "losses are with the last stages"
     stages = {stage for each in outcomes for stage in each.stages.values()}
     assert stages == set(range(case.layout.num_stages))
+
+
+def test_in_half_precision_stages_pass_on_what_one_process_computes(pool: Pool) -> None:
+    """Hidden states travel as they are, gradients of weights are summed in float32: only their order differs."""
+    case = Case(layout=layout("zb-h1", 2, dp=2), dtype=Precision.BFLOAT16, num_steps=1)
+    wanted, outcomes = alone(case), pool.train(case)
+    gradients, weights = joined(outcomes)
+    for name, gradient in wanted.gradients.items():
+        assert gradients[name].dtype == numpy.float32
+        error = numpy.linalg.norm(gradients[name] - gradient)
+        assert error < 2.0**-8 * numpy.linalg.norm(gradient), name
+        numpy.testing.assert_allclose(weights[name], wanted.weights[name], err_msg=name, rtol=2.0**-7, atol=1e-3)
+    for each in outcomes:
+        assert each.norms == pytest.approx(wanted.norms, rel=1e-3)
+        assert not each.losses or each.losses == pytest.approx(wanted.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("config", [QWEN, UNTIED, NO_DROPOUT], ids=["qwen3", "untied", "gpt2"])

@@ -1,0 +1,73 @@
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pipelines import QWEN, Case, make_context
+from trainmaster.api.config import Layout, Model, Optimizer
+from trainmaster.api.errors import ModelError
+from trainmaster.api.experiments.base import PlacedModel
+from trainmaster.workers import memory
+from trainmaster.workers.algorithms.sft import SupervisedFineTuning
+from trainmaster.workers.context import ShardGroups
+from trainmaster.workers.memory import Need, Room
+from trainmaster.workers.shard import ModelShard
+
+LARGE = QWEN | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128_000}
+"""Some 58 billion parameters."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_trained", "total"),
+    [(torch.float32, True, 16), (torch.bfloat16, True, 18), (torch.float32, False, 4), (torch.bfloat16, False, 2)],
+)
+def test_bytes_for_each_parameter(dtype, is_trained, total):
+    assert Need.of(dtype, is_trained).total == total
+
+
+def test_an_optimizer_takes_what_it_was_estimated_to():
+    case = Case(layout=Layout())
+    context = make_context(case, 0)
+    shard = ModelShard(context.compiled.models["model"], context, ShardGroups())
+    shard.train(SupervisedFineTuning(), case.share(0, 0))
+    num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())
+    kept = sum(t.nbytes for state in shard.optimizer.adamw.state.values() for t in state.values() if t.ndim)
+    gradients = sum(parameter.grad.nbytes for parameter in shard.own_parameters())
+    need = Need.of(torch.float32, is_trained=True)
+    assert (kept, gradients) == (num_parameters * need.optimizer, num_parameters * need.gradients)
+
+
+def test_what_was_taken_is_not_there_for_the_next():
+    room = Room("in a test", 9 * 2**30)
+    room.take("actor", 2**28, Need.of(torch.float32, is_trained=True))
+    room.take("reference", 2**28, Need.of(torch.float32, is_trained=False))
+    with pytest.raises(ModelError) as refusal:
+        room.take("critic", 2**28 + 1, Need.of(torch.bfloat16, is_trained=True))
+    assert str(refusal.value) == (
+        "critic: 268,435,457 parameters take 4.50 GiB on this worker (weights 0.50 GiB, gradients 1.00 GiB, optimizer "
+        "3.00 GiB), and activations on top; there are 4.00 GiB, in a test, less what other models take. Raise "
+        "critic.layout.pp and the number of workers, set critic.dtype to bfloat16, or take larger machines"
+    )
+    room.take("critic", 2**28, Need.of(torch.bfloat16, is_trained=False))
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_of_it_is_made():
+    placed = PlacedModel(model=Model(config=LARGE, tokenizer=Path("none")), optimizer=Optimizer(), field="actor")
+    context = replace(make_context(Case(layout=Layout()), 0), room=Room("in a test", 2**34))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ModelError, match=r"actor: 58,\d{3},\d{3},\d{3} parameters take 872\.\d\d GiB on this worker"):
+        ModelShard(placed, context, ShardGroups())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_a_host_has_memory_and_a_container_no_more_than_its_limit(tmp_path, monkeypatch):
+    free = Room.on(torch.device("cpu"), 1)._left
+    assert free > 2**28
+    assert Room.on(torch.device("cpu"), 2)._left == pytest.approx(free / 2, rel=0.3)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert Room.on(torch.device("cpu"), 2)._left == 300
+    (tmp_path / "memory.max").write_text("max\n")
+    assert Room.on(torch.device("cpu"), 1)._left > 2**28

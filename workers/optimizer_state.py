@@ -1,0 +1,104 @@
+"""The state of an optimizer as files in a checkpoint, and back into any layout.
+
+    step-40/optimizer/00001-of-00002.safetensors, ...     a file a stage, by whoever wrote its weights
+        model.norm.weight.exp_avg, .exp_avg_sq            AdamW's, shaped like the parameter
+                         .step                            []
+                         .master                          float32, of a parameter of another type
+
+Names are those of parameters in the whole model, so each stage of any cut finds its own. What several stages hold is
+written by the first of them and read by all.
+
+The version, in every file's metadata, is also all that there is to know of random numbers: a training draws them by
+run's seed, model, version, replica, stage and microbatch (see `ModelShard.train`), and keeps none.
+
+Shapes: those of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..api.errors import ModelError
+from ..system.rpc.commands import ShardFile
+from .models import integrity
+from .models.checkpoint import part_of, write_tensors
+from .models.stage import Stage
+from .optimizer import ShardOptimizer
+
+FOLDER = "optimizer"
+_MASTER, _VERSION = "master", "version"
+
+
+def write_state(stage: Stage, optimizer: ShardOptimizer, version: int, directory: Path) -> ShardFile:
+    """Writes a stage's part into the checkpoint `directory`. `version`: optimizer steps behind the weights."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in stage.own_parameters():
+        master = optimizer.masters[parameter]
+        kept = {**optimizer.adamw.state.get(master, {})}
+        if master is not parameter:
+            kept[_MASTER] = master
+        tensors |= {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in kept.items()}
+    return write_tensors(tensors, directory, f"{FOLDER}/{part_of(stage)}.safetensors", {_VERSION: str(version)})
+
+
+def read_state(stages: Sequence[Stage], optimizer: ShardOptimizer, directory: Path) -> int:
+    """Gives an optimizer of these stages the state that is in the checkpoint `directory`. Returns its version.
+
+    Raises ModelError for a directory that holds none or is damaged, and for a parameter without a state of its shape.
+    """
+    for stage in stages:
+        integrity.check(directory, stage.index, stage.num_stages, FOLDER)
+    files = sorted((directory / FOLDER).glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{directory} holds no state of an optimizer ({FOLDER}/*.safetensors); take a checkpoint of a run with "
+            "run.save_optimizer, or leave optimizer.state out"
+        )
+    kept, version = _keys_by_name(files)
+    for stage in stages:
+        for name, parameter in stage.model.named_parameters():
+            if name in kept:
+                _give(optimizer, name, parameter, kept[name])
+            elif version > 0:
+                raise ModelError(f"{directory / FOLDER} has no state of {name}: it is that of another model")
+    return version
+
+
+def _keys_by_name(files: Sequence[Path]) -> tuple[dict[str, dict[str, Path]], int]:
+    """By parameter: what is kept of it, and in which file. And the version."""
+    kept: dict[str, dict[str, Path]] = {}
+    versions = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            versions.add(int(opened.metadata()[_VERSION]))
+            for full_name in opened.keys():  # noqa: SIM118  # no dict
+                name, _, key = full_name.rpartition(".")
+                kept.setdefault(name, {})[key] = file
+    if len(versions) > 1:
+        raise ModelError(f"{files[0].parent} holds states after {sorted(versions)} steps: files of several checkpoints")
+    return kept, versions.pop()
+
+
+def _give(optimizer: ShardOptimizer, name: str, parameter: nn.Parameter, kept: dict[str, Path]) -> None:
+    tensors = {}
+    for key, file in kept.items():
+        with safe_open(file, "pt") as opened:
+            tensors[key] = opened.get_tensor(f"{name}.{key}").clone()  # no view of the file
+        if key != "step" and tensors[key].shape != parameter.shape:
+            shapes = f"shape {list(tensors[key].shape)} where the parameter has {list(parameter.shape)}"
+            raise ModelError(f"{file}: {name}.{key} has {shapes}")
+    master = optimizer.masters[parameter]
+    if (value := tensors.pop(_MASTER, None)) is not None:
+        with torch.no_grad():
+            master.copy_(value)
+            parameter.copy_(value)
+    if tensors:
+        is_fused = optimizer.adamw.defaults["fused"]
+        optimizer.adamw.state[master] = {
+            key: tensor.to(master.device if key != "step" or is_fused else "cpu") for key, tensor in tensors.items()
+        }

@@ -5,7 +5,8 @@
     `store.run()` (WEIGHT_GRADIENT)      gradient of the matrix += gradient^T input
 
 Nothing is traversed twice, and activations of anything but products are let go at INPUT_GRADIENT. Products hold almost
-all of the work with weights; what is not one (embeddings, norms, expert kernels) has its gradient at once.
+all of the work with weights; what is not one (embeddings, norms, expert kernels), and the head of a model that is
+scored in chunks, has its gradient at once.
 
 Guarantees: after both, `.grad` of every parameter is what one backward would leave, to rounding, also if a parameter is
 used twice, in one product and elsewhere (tied embeddings), or not at all. Models are not changed: products are found by

@@ -21,8 +21,6 @@ from ...api.config import Model
 from ...api.errors import ConfigError, ModelError
 from . import hf_compat
 
-ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-
 
 def config_from_keywords(keywords: dict[str, Any]) -> PretrainedConfig:  # values are those of a foreign class
     """The configuration that `keywords` describe: `{"model_type": "qwen2", "hidden_size": 64, ...}`.
@@ -66,12 +64,6 @@ def refuse_what_no_stage_runs(config: PretrainedConfig) -> None:
         raise ModelError(f"model type {name} is an encoder-decoder; use a decoder-only model")
     if config.get_text_config() is not config:
         raise ModelError(f"model type {name} has more parts than a text model; use the type of its text part")
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
-    if others:
-        raise ModelError(
-            f"model type {name} has layers of kind {', '.join(others)}, which cannot keep packed sequences "
-            f"apart; use a model whose layers are all {', '.join(sorted(ATTENTION_KINDS))}"
-        )
 
 
 def _construct(config_class: type[PretrainedConfig], keywords: dict[str, Any]) -> PretrainedConfig:

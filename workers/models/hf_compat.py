@@ -22,7 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as hf_logging
 
 from ...api.errors import ModelError
@@ -68,6 +71,21 @@ def is_plain_causal(visible: Callable[..., Any]) -> bool:
     return visible is causal_mask_function
 
 
+def num_active_experts(config: PretrainedConfig) -> int | None:
+    """How many experts a token is sent to, if the configuration says so."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    found = [getattr(config, name, None) for name in names]
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def scalar_name(config: PretrainedConfig) -> str:
+    """The name of the class that holds a decoder of this type and a score: `Qwen3ForSequenceClassification`."""
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)  # a name, or several
+    if known is None:
+        return re.sub(r"(For\w+|LMHeadModel)$", "ForSequenceClassification", causal_lm_class(config).__name__)
+    return known if isinstance(known, str) else known[0]
+
+
 def pipeline_plan(decoder: PreTrainedModel) -> Sequence[str]:
     """Names of a decoder's children in the order of computation, as its author planned; empty without a plan."""
     return list(decoder.config.base_model_pp_plan or {})
@@ -104,7 +122,7 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
 
 
 def read_pruned(
-    directory: Path, config: PretrainedConfig, prune: Prune, attention: str, dtype: torch.dtype
+    directory: Path, config: PretrainedConfig, prune: Prune, attention: str | None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a pruned model on the CPU and tie it; reads only the tensors that are left after pruning.
 
@@ -127,7 +145,7 @@ def read_pruned(
     return model, faults
 
 
-def build_pruned(config: PretrainedConfig, prune: Prune, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+def build_pruned(config: PretrainedConfig, prune: Prune, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """A pruned model on the meta device: shapes and dtypes as after loading, no memory, nothing tied."""
     config._attn_implementation = attention
     config.dtype = dtype

@@ -18,34 +18,56 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...api.errors import ModelError
+from ...api.hub import directory_of
+from ...api.model_support import Packing, Way
 from . import attention, hf_compat, probe
 from .configs import config_from_directory, config_from_keywords
-from .cut import Absent, Cut, prune
-from .stage import Stage
+from .cut import Absent, Cut, prune, replace_head
+from .stage import Head, Stage
 
 
 def load_stage(
-    path: Path, index: int, num_stages: int, device: torch.device, dtype: torch.dtype = torch.float32
+    path: Path,
+    index: int,
+    num_stages: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    head: Head = Head.LANGUAGE,
+    seed: int = 0,
+    way: Way | None = None,
 ) -> Stage:
-    """Read stage `index` of `num_stages` of the checkpoint in the directory `path`, in training mode.
+    """Read stage `index` of `num_stages` of a checkpoint, in training mode.
 
-    Only safetensors, and only this stage's tensors, are read. Raises ModelError for a directory that is no checkpoint,
-    names of missing or misshapen tensors, and models that no stage can run; ConfigError for more stages than layers.
+    `path` is a directory, or the name of a repository in this machine's Hugging Face cache. Only safetensors, and only
+    this stage's tensors, are read. A scalar head that a checkpoint of a language model lacks is drawn from `seed`.
+    `way`: None for what the support table says of the model's type.
+
+    Raises ModelError for a directory that is no checkpoint, names of missing or misshapen tensors, and models that no
+    stage can run; ConfigError for more stages than layers.
+
+        load_stage(Path("Qwen/Qwen3-0.6B"), index=0, num_stages=2, device=cpu)
     """
     with hf_compat.quiet():
-        config = config_from_directory(path)
-        attention.register()
-        pruning = _Pruning(index, num_stages)
+        directory = directory_of(path)
+        config = config_from_directory(directory)
+        pruning = _Pruning(config, index, num_stages, head, way)
+        has_language_head = any("ForSequenceClassification" not in name for name in config.architectures or [""])
+        pruning.prepare(config)
         try:
             with _blaming_the_cut(num_stages):
-                model, faults = hf_compat.read_pruned(path, config, pruning, attention.ATTENTION, dtype)
+                model, faults = hf_compat.read_pruned(directory, config, pruning, pruning.attention, dtype)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read as a safetensors checkpoint: {error}") from error
+            raise ModelError(f"{directory} cannot be read as a safetensors checkpoint: {error}") from error
+        if head is Head.SCALAR and has_language_head and _MISSING_SCORE in faults:
+            faults.remove(_MISSING_SCORE)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                _draw(model.score, "score", model, seed)
         if faults:
-            raise ModelError(f"{path} does not fit its config.json: {'; '.join(faults)}")
+            raise ModelError(f"{directory} does not fit its config.json: {'; '.join(faults)}")
         _own_memory(model)
         return _finish(model, pruning, device)
 
@@ -57,34 +79,53 @@ def init_stage(
     num_stages: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    head: Head = Head.LANGUAGE,
+    way: Way | None = None,
 ) -> Stage:
     """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
 
     `config` holds keywords of transformers' configuration and its "model_type". Weights are those that the model's
-    author intends, from a generator that is seeded for every module by `seed` and the module's name. Raises ConfigError
-    on `model.config.<key>`; ModelError for models that no stage can run or that leave a tensor unset.
+    author intends, from a generator that is seeded for every module by `seed` and the module's name. `way`: None for
+    what the support table says of the model's type. Raises ConfigError on `model.config.<key>`; ModelError for models
+    that no stage can run or that leave a tensor unset.
 
         init_stage({"model_type": "qwen2", "hidden_size": 64, ...}, seed=1, index=0, num_stages=2, device=cpu)
     """
     with hf_compat.quiet():
-        attention.register()
-        pruning = _Pruning(index, num_stages)
         described = config_from_keywords(config)
-        model = hf_compat.build_pruned(described, pruning, attention.ATTENTION, dtype)
+        pruning = _Pruning(described, index, num_stages, head, way)
+        pruning.prepare(described)
+        model = hf_compat.build_pruned(described, pruning, pruning.attention, dtype)
         with _blaming_the_cut(num_stages):
             _initialise(model, seed)
         return _finish(model, pruning, device)
 
 
+_MISSING_SCORE = "score.weight is missing"
+
+
 class _Pruning:
     """Prunes the one model that it is called with and keeps how."""
 
-    def __init__(self, index: int, num_stages: int) -> None:
-        self.index, self.num_stages = index, num_stages
+    def __init__(
+        self, config: PretrainedConfig, index: int, num_stages: int, head: Head, way: Way | None
+    ) -> None:
+        self.index, self.num_stages, self.head = index, num_stages, head
+        self.way = Way() if way is None else way
+        self.attention = attention.ATTENTION if self.way.packing is Packing.ROW else None
         self.cut: Cut | None = None
 
+    def prepare(self, config: PretrainedConfig) -> None:
+        """What the configuration must say before the model is built from it."""
+        attention.register()
+        if self.head is Head.SCALAR:
+            config.num_labels = 1
+
     def __call__(self, model: PreTrainedModel) -> None:
-        self.cut = prune(model, self.index, self.num_stages)
+        if self.head is Head.SCALAR:
+            replace_head(model)
+        self.cut = prune(model, self.index, self.num_stages, self.way.embeds_everywhere)
 
 
 @contextmanager
@@ -105,7 +146,7 @@ def _finish(model: PreTrainedModel, pruning: _Pruning, device: torch.device) -> 
     cut = pruning.cut
     if cut.has_tied_embedding and pruning.index == pruning.num_stages - 1:
         _check_tie(model)
-    stage = Stage(model, cut, pruning.index, pruning.num_stages).to(device)
+    stage = Stage(model, cut, pruning.index, pruning.num_stages, pruning.way.packing, pruning.head).to(device)
     stage.train()
     probe.check(stage)
     return stage

@@ -1,7 +1,7 @@
 """A tiny configuration for every decoder-only text model of transformers, with every kind of layer that the type has.
 
 Keywords come from the fields of the type's own configuration class (`SIZES`), layer by layer patterns from the kinds
-that its source names, and the rest from `BY_TYPE`. `missing_modules` tells what a configuration leaves out.
+that its source names, and the rest from `BY_TYPE`. `missing_kinds` tells what a type's configurations leave out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -128,6 +128,13 @@ SIZES: dict[str, Any] = {
     ),
 }
 ROPE_BY_KIND = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+INKLING = {
+    "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+    "sliding_window_size": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+}
 BY_TYPE: dict[str, dict[str, Any]] = {
     "axk2": {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -150,18 +157,29 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
     },
     "doge": {"keep_window_size": 8},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 4,
+        "swa_qk_nope_head_dim": 8,
+        "swa_qk_rope_head_dim": 4,
+        "swa_v_head_dim": 8,
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
         "activation_sparsity_pattern": [0.9, 0.0, 0.9, 0.0],
         "altup_num_inputs": 2,
     },
-    "gemma4_text": {"num_kv_shared_layers": 0, "num_experts": None, "top_k_experts": None},
-    "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"num_kv_shared_layers": 0, "head_dim": 16, "global_head_dim": 16},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0, "head_dim": 16, "global_head_dim": 16},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
-    "inkling2_text": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "sliding_window_size": 8},
-    "inkling_text": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "sliding_window_size": 8},
+    "inkling2_text": INKLING,
+    "inkling_text": INKLING,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4, "expert_layer_offset": 3},
     "jetmoe": {"kv_channels": 8},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
@@ -175,6 +193,10 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": [0, 3]},
     "qwen3_next": {"mlp_only_layers": [0, 3]},
     "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "ple_layer_ids": [1, 3],
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 4,
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
@@ -200,27 +222,53 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2, "router_hidden_size": 16},
 }
 """What a type's own fields do not tell, or what `SIZES` gets wrong for it."""
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "cohere2_moe": [{"rms_norm_eps": 1e-5}],
+    "doge": [{"is_moe": True}],
+    "falcon_h1": [{"mamba_rms_norm": True}],
+    "gemma3n_text": [{"num_kv_shared_layers": 2}],
+    "gemma4_text": [{"enable_moe_block": True}],
+    "granitemoehybrid": [{"position_embedding_type": "rope"}],
+    "reformer": [{"axial_pos_embds": False}],
+    "stablelm": [{"qk_layernorm": True}],
+    "trocr": [{"use_learned_position_embeddings": False}],
+    "zamba2": [{"use_mem_rope": True}],
+}
+"""Changes that bring kinds of layers which exclude those of the configuration they are made to."""
+_OTHER_PARTS = re.compile(
+    "Vision|Audio|Multi[mM]odal|Projector|CrossAttention|SequenceSummary|Pooler|SQuAD|Flash|Classification|Unfold|Clippable"
+)
+_ASIDE = {
+    "add_cross_attention", "is_decoder", "is_encoder_decoder",  # what `BY_TYPE` sets
+    "use_cache", "output_router_logits", "tie_word_embeddings",  # no matter of a pass
+    "use_mamba_kernels", "use_mambapy", "use_associative_scan", "use_mem_eff_path",  # kernels for a device
+    "summary_use_proj", "summary_proj_to_labels",  # other tasks
+}  # fmt: skip
 
 
-@cache
 def model_types() -> tuple[str, ...]:
     """Those that transformers maps to a causal language model, of text and by a decoder alone."""
-    return tuple(name for name in sorted(CONFIG_MAPPING) if why_not(name) is None)
+    return tuple(name for name in sorted(_causal_types()) if _why_not(CONFIG_MAPPING[name]) is None)
 
 
-@cache
-def why_not(model_type: str) -> str | None:
-    """Why a type is none of `model_types`: it has no causal model (""), or something that a person may read."""
-    config_class = CONFIG_MAPPING[model_type]
-    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return ""
+def others() -> dict[str, str]:
+    """What transformers maps to a causal language model besides, and why it is none of `model_types`."""
+    reasons = {name: _why_not(CONFIG_MAPPING[name]) for name in sorted(_causal_types())}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _causal_types() -> list[str]:
+    return [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_CAUSAL_LM_MAPPING]
+
+
+def _why_not(config_class: type[PretrainedConfig]) -> str | None:
     fields = config_class.__dataclass_fields__
-    if getattr(config_class, "is_encoder_decoder", False):
-        return "encdec"
+    if config_class.is_encoder_decoder or fields["is_encoder_decoder"].default:
+        return "is an encoder-decoder"
     if any(not re.match("attn|ffn", part) for part in config_class.sub_configs):
-        return "parts"
-    if "is_decoder" in fields and "add_cross_attention" in fields:
-        return "encoder"
+        return "has more parts than a text model"
+    if {"is_decoder", "add_cross_attention"} <= fields.keys():
+        return "is an encoder"
     return None
 
 
@@ -232,7 +280,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     if "qk_rope_head_dim" in fields:  # heads are of two parts
         keywords.pop("head_dim", None)
         keywords["num_key_value_heads"] = 4
-    kinds = layer_kinds(model_type)
+    kinds = _attention_kinds(config_class)
     if "layer_types" in fields and kinds:
         keywords["layer_types"] = [kinds[at % len(kinds)] for at in range(NUM_LAYERS)]
     if "mlp_layer_types" in fields:
@@ -240,28 +288,47 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     return {"model_type": model_type, **keywords, **BY_TYPE.get(model_type, {})}
 
 
-def layer_kinds(model_type: str) -> list[str]:
-    """Kinds of attention layers (or what stands in their place) that a type's source names."""
-    config_class = CONFIG_MAPPING[model_type]
-    source = inspect.getsource(sys.modules[_causal_class(config_class).__module__])
-    source += inspect.getsource(sys.modules[config_class.__module__])
-    return [kind for kind in ALLOWED_ATTN_LAYER_TYPES if f'"{kind}"' in source and kind != "dense"]
+def tiny_configs(model_type: str) -> list[dict[str, Any]]:
+    """All that together have every kind of layer."""
+    first = tiny_config(model_type)
+    return [first] + [first | change for change in VARIANTS.get(model_type, [])]
 
 
-def missing_modules(model: PreTrainedModel) -> list[str]:
-    """Classes of modules in the model's source, for text, that it has no instance of."""
-    home = sys.modules[type(model).__mro__[0].__module__]
-    has = {cls for module in model.modules() for cls in type(module).__mro__}
-    named = {
-        name: cls
-        for name, cls in vars(home).items()
-        if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls.__module__ == home.__name__
-    }
-    return sorted(
-        name for name, cls in named.items() if cls not in has and not issubclass(cls, PreTrainedModel)
-    )
+def flipped(config: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Switches of the type's own, and what the configuration does not have them at."""
+    config_class = CONFIG_MAPPING[config["model_type"]]
+    for name, each in config_class.__dataclass_fields__.items():
+        if isinstance(each.default, bool) and name not in PretrainedConfig.__dataclass_fields__ and name not in _ASIDE:
+            yield name, not config.get(name, each.default)
 
 
-def _causal_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+def missing_kinds(models: Sequence[PreTrainedModel]) -> list[str]:
+    """Kinds of layers, by their classes, that the type's source can make and none of its models has.
+
+    A class counts if the source names it anywhere but where it is defined. Those of other tasks and of other parts
+    (vision, audio) do not.
+    """
+    home = sys.modules[type(models[0]).__module__]
+    source = inspect.getsource(home)
+    has = {cls for model in models for module in model.modules() for cls in type(module).__mro__}
+    missing = []
+    for name, cls in vars(home).items():
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module)) or cls.__module__ != home.__name__:
+            continue
+        is_used = len(re.findall(rf"\b{name}\b(?=[(,\]}}\s])", source.replace(f"class {name}", ""))) > 0
+        if is_used and cls not in has and not issubclass(cls, PreTrainedModel) and not _OTHER_PARTS.search(name):
+            missing.append(name)
+    return sorted(missing)
+
+
+def causal_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """What transformers makes of a configuration of this class."""
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # a class, or several
     return found[0] if isinstance(found, tuple | list) else found
+
+
+def _attention_kinds(config_class: type[PretrainedConfig]) -> list[str]:
+    """Kinds of attention layers, or of what stands in their place, that a type's source names."""
+    modules = (causal_class(config_class).__module__, config_class.__module__)
+    source = "".join(inspect.getsource(sys.modules[name]) for name in modules)
+    return [kind for kind in ALLOWED_ATTN_LAYER_TYPES if f'"{kind}"' in source]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...api.errors import ModelError
 from ...api.model_support import Packing
-from .attention import PackedBatch, PackedPass
+from .attention import PackedBatch, PackedMask, PackedPass
 from .cut import Absent, Inlet, Outlet
 from .stage import Stage
 
@@ -52,6 +52,8 @@ def check(stage: Stage) -> None:
     except _MISFITS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if PackedMask.__name__ in str(error):
+            raise ModelError(f"{name} computes with its attention mask, of which packed documents have none") from error
         cure = "; set model.layout.pp to 1" if stage.num_stages > 1 else ""
         raise ModelError(f"{name} cannot run as stage {stage.index} of {stage.num_stages}: {error}{cure}") from error
     finally:

@@ -1,0 +1,61 @@
+"""`make models`: measures every model type of transformers, and writes api/model_support.json.
+
+    python docs/make_models.py                all types, over all cores: some minutes
+    python docs/make_models.py qwen3 lfm2     these, printed; the file stays as it is
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+
+def main(names: list[str]) -> None:
+    """Prints a line a type, then counts by column."""
+    import transformers
+    from tiny_models import model_types, others
+    from trainmaster.api.model_support import FILE, Column, Packing, Support, to_json
+
+    started = time.monotonic()
+    excluded = {name: Support(name, None, reason) for name, reason in others().items()}
+    wanted = [name for name in names if name not in excluded] or list(model_types())
+    os.environ["OMP_NUM_THREADS"] = "1"
+    supports: list[Support] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for support in pool.map(_measure, wanted):
+            supports.append(support)
+            print(f"{support.model_type:24s} {json.dumps(to_json(support))}", flush=True)
+    for column in Column:
+        print(f"{column.value:10s} {sum(support.passes(column) for support in supports):4d} of {len(supports)}")
+    alone = sum(support.way is not None and support.way.packing is Packing.ALONE for support in supports)
+    print(f"one sequence a call: {alone}; not at all: {sum(support.way is None for support in supports)}")
+    print(f"{time.monotonic() - started:.0f} s")
+    if not names:
+        types = {name: to_json(support) for name, support in sorted({**excluded, **_by_name(supports)}.items())}
+        table = {"transformers": transformers.__version__, "types": types}
+        FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {FILE.relative_to(ROOT)}")
+
+
+def _by_name(supports):
+    return {support.model_type: support for support in supports}
+
+
+def _measure(model_type: str):
+    import torch
+    from model_checks import measure
+
+    torch.set_num_threads(1)
+    return measure(model_type)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

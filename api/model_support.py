@@ -82,7 +82,7 @@ class Support:
         switches = [f"leave {name} at {not value}" for name, (value, _) in self.unless.items()]
         return [cures[column] for column in self.fails] + switches
 
-    def refusal(self, config: Mapping[str, Any], num_stages: int, generates: bool) -> tuple[str, str] | None:
+    def refusal(self, config: Mapping[str, Any], num_stages: int, generates: bool = False) -> tuple[str, str] | None:
         """Why a use of this type is refused, and what would work; None if it is not."""
         name = f"model type {self.model_type!r}"
         if self.way is None:

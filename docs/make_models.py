@@ -13,6 +13,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainmaster.api.model_support import Support
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -25,12 +29,10 @@ def main(names: list[str]) -> None:
     from trainmaster.api.model_support import FILE, Column, Packing, Support, to_json
 
     started = time.monotonic()
-    excluded = {name: Support(name, None, reason) for name, reason in others().items()}
-    wanted = [name for name in names if name not in excluded] or list(model_types())
     os.environ["OMP_NUM_THREADS"] = "1"
     supports: list[Support] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for support in pool.map(_measure, wanted):
+        for support in pool.map(_measure, names or model_types()):
             supports.append(support)
             print(f"{support.model_type:24s} {json.dumps(to_json(support))}", flush=True)
     for column in Column:
@@ -39,22 +41,22 @@ def main(names: list[str]) -> None:
     print(f"one sequence a call: {alone}; not at all: {sum(support.way is None for support in supports)}")
     print(f"{time.monotonic() - started:.0f} s")
     if not names:
-        types = {name: to_json(support) for name, support in sorted({**excluded, **_by_name(supports)}.items())}
+        supports += [Support(name, None, reason) for name, reason in others().items()]
+        types = {support.model_type: to_json(support) for support in sorted(supports, key=lambda each: each.model_type)}
         table = {"transformers": transformers.__version__, "types": types}
         FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {FILE.relative_to(ROOT)}")
 
 
-def _by_name(supports):
-    return {support.model_type: support for support in supports}
-
-
-def _measure(model_type: str):
+def _measure(model_type: str) -> Support:
     import torch
     from model_checks import measure
 
     torch.set_num_threads(1)
-    return measure(model_type)
+    try:
+        return measure(model_type)
+    except Exception as error:  # noqa: BLE001  (many of foreign errors do not pass between processes)
+        raise RuntimeError(f"{model_type}: {type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

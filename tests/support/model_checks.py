@@ -27,8 +27,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from tiny_models import causal_class, flipped, missing_kinds, tiny_configs
+from tiny_models import causal_class, flip, flipped, missing_kinds, tiny_configs
 from torch import Tensor, nn
 from trainmaster.api.errors import TrainmasterError
 from trainmaster.api.model_support import Column, Packing, Support, Way
@@ -148,7 +149,7 @@ def check_packed(make: MakeStages, reference: Reference, num_stages: int) -> Non
             ends = torch.tensor(lengths).cumsum(0).tolist()
             for start, end in zip([0, *ends], ends, strict=False):
                 other = row.clone()
-                other[:, start:end] = 62 - other[:, start:end]
+                other[:, start:end] = 3 + (other[:, start:end] + 4) % 57  # every token is another one
                 moved = (_logits(stages, other, lengths) - packed).abs().amax(-1)[0] / packed.abs().max()
                 if moved[start:end].max() <= LEAK:
                     raise Differs("gives outputs that do not depend on the tokens of their own document")
@@ -275,16 +276,24 @@ def _assert_names(what: str, got: Mapping[str, object], wanted: Mapping[str, obj
         raise Differs(f"has {extra[0]} among its {what}, and the whole model has not")
 
 
-def measure(model_type: str) -> Support:
-    """Of every check, on all of the type's tiny configurations, what it says. Raises LookupError if they lack a kind."""
+def measure(model_type: str, with_switches: bool = True) -> Support:
+    """What every check says on all of the type's tiny configurations. Raises LookupError if they lack a kind of layer.
+
+    `with_switches`: tries the type's switches, too, one by one.
+    """
     with TemporaryDirectory() as folder:
         configs = tiny_configs(model_type)
-        references = [make_reference(config, Path(folder, str(at))) for at, config in enumerate(configs)]
+        try:
+            references = [make_reference(config, Path(folder, str(at))) for at, config in enumerate(configs)]
+        except AssertionError as error:
+            return Support(model_type, None, f"cannot be measured: transformers' own model says {str(error)!r}")
         missing = missing_kinds([reference.model for reference in references])
         if missing:
             raise LookupError(f"{model_type}: no tiny configuration has a {', '.join(missing)}")
         best = _best_way(model_type, references)
-        return best if best.way is None else replace(best, unless=dict(_wrong_switches(best, configs[0])))
+        if best.way is None or not with_switches:
+            return best
+        return replace(best, unless=dict(_wrong_switches(best, configs[0])))
 
 
 def _best_way(model_type: str, references: Sequence[Reference]) -> Support:
@@ -297,7 +306,7 @@ def _best_way(model_type: str, references: Sequence[Reference]) -> Support:
         return embedding if embedding.passes(Column.SPLIT) else in_rows
     alone = _measure_way(model_type, Way(Packing.ALONE), references)
     if alone.way is None:
-        return in_rows
+        return alone
     return replace(alone, fails={Column.PACKED: in_rows.reason, **alone.fails})
 
 
@@ -312,7 +321,9 @@ def _measure_way(model_type: str, way: Way, references: Sequence[Reference]) -> 
                 fails[column] = error.reason
                 print(model_type, way, column, error)
             except TrainmasterError as error:
-                fails[column] = str(error).removeprefix(f"model type {model_type!r} ")
+                fails[column] = _reason(error, model_type, column)
+            except Exception as error:  # noqa: BLE001  (foreign code, given what it does not expect)
+                fails[column] = f"raises {type(error).__name__} in the check of {column}"
             if column in fails:
                 return False
         return True
@@ -337,7 +348,7 @@ def _wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[
     for name, value in flipped(config):
         with TemporaryDirectory() as folder:
             try:
-                reference = make_reference({**config, name: value}, Path(folder))
+                reference = make_reference(flip(config, name, value), Path(folder))
             except Exception:  # noqa: BLE001  (any refusal by foreign code: such a model cannot be made at all)
                 continue
             num_stages = 2 if support.passes(Column.SPLIT) else 1
@@ -346,7 +357,16 @@ def _wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[
             except Differs as error:
                 yield name, (value, error.reason)
             except TrainmasterError as error:
-                yield name, (value, str(error).removeprefix(f"model type {support.model_type!r} "))
+                yield name, (value, _reason(error, support.model_type, Column.PACKED))
+
+
+def _reason(error: TrainmasterError, model_type: str, column: Column) -> str:
+    """For the table: without the cure, and without what foreign code said when it got what it does not expect."""
+    reason, _, _ = str(error).removeprefix(f"model type {model_type!r} ").partition("; ")
+    if "cannot run as stage" in reason or "needs all of its modules" in reason:
+        parts = {Column.SPLIT: "from hidden states alone", Column.PACKED: "on documents in one row"}
+        return f"cannot run {parts.get(column, 'as a stage')}"
+    return reason
 
 
 def load_all(directory: Path, num_stages: int, way: Way | None) -> list[Stage]:

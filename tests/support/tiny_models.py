@@ -156,13 +156,13 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         "o_lora_rank": 8,
         "partial_rotary_factor": 0.5,
     },
-    "doge": {"keep_window_size": 8},
+    "doge": {"keep_window_size": 8, "num_experts": 16},
     "dots3_note_text": {
         "swa_num_attention_heads": 4,
         "swa_num_key_value_heads": 4,
         "swa_q_lora_rank": 16,
         "swa_kv_lora_rank": 16,
-        "swa_head_dim": 4,
+        "swa_head_dim": 12,
         "swa_qk_nope_head_dim": 8,
         "swa_qk_rope_head_dim": 4,
         "swa_v_head_dim": 8,
@@ -253,8 +253,14 @@ def model_types() -> tuple[str, ...]:
 
 def others() -> dict[str, str]:
     """What transformers maps to a causal language model besides, and why it is none of `model_types`."""
-    reasons = {name: _why_not(CONFIG_MAPPING[name]) for name in sorted(_causal_types())}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    reasons = {}
+    for name in sorted(_causal_types()):
+        reason = _why_not(CONFIG_MAPPING[name])
+        if reason is not None and f"{name}_text" in CONFIG_MAPPING:
+            reason += f" ({name}_text is that)"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
 
 
 def _causal_types() -> list[str]:
@@ -266,7 +272,7 @@ def _why_not(config_class: type[PretrainedConfig]) -> str | None:
     if config_class.is_encoder_decoder or fields["is_encoder_decoder"].default:
         return "is an encoder-decoder"
     if any(not re.match("attn|ffn", part) for part in config_class.sub_configs):
-        return "has more parts than a text model"
+        return "has more parts than a language model of text"
     if {"is_decoder", "add_cross_attention"} <= fields.keys():
         return "is an encoder"
     return None
@@ -300,6 +306,14 @@ def flipped(config: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     for name, each in config_class.__dataclass_fields__.items():
         if isinstance(each.default, bool) and name not in PretrainedConfig.__dataclass_fields__ and name not in _ASIDE:
             yield name, not config.get(name, each.default)
+
+
+def flip(config: dict[str, Any], name: str, value: bool) -> dict[str, Any]:
+    """The configuration with a switch at another value; where that is the usual one, with the usual layers, too."""
+    changed = {**config, name: value}
+    if CONFIG_MAPPING[config["model_type"]].__dataclass_fields__[name].default is value:
+        changed.pop("layer_types", None)
+    return changed
 
 
 def missing_kinds(models: Sequence[PreTrainedModel]) -> list[str]:

@@ -244,9 +244,7 @@ def prune(model: PreTrainedModel, index: int, num_stages: int, embeds_everywhere
     is_tied = _ties_head_to(embedding, model)
     if not is_first and not embeds_everywhere:
         for name in anatomy.before:
-            child = getattr(decoder, name)
-            if not (is_last and is_tied and any(module is embedding for module in child.modules())):
-                setattr(decoder, name, Absent(child))
+            _remove(decoder, name, embedding if is_last and is_tied else None)
     for place, layer in enumerate(layers):
         if not first_layer <= place < end_layer:
             stand_in = {first_layer - 1: Inlet, end_layer: Outlet}.get(place, Absent)
@@ -268,6 +266,18 @@ def prune(model: PreTrainedModel, index: int, num_stages: int, embeds_everywhere
         shared=[f"{prefix}.{name}" for name in shared],
         has_tied_embedding=is_tied and (is_first or is_last) and not embeds_everywhere,
     )
+
+
+def _remove(parent: nn.Module, name: str, kept: nn.Module | None) -> None:
+    """Have a stand-in for a child; for what is beside `kept`, if that is in the child."""
+    child = getattr(parent, name)
+    if child is kept:
+        return
+    if kept is not None and any(module is kept for module in child.modules()):
+        for inner, _ in list(child.named_children()):
+            _remove(child, inner, kept)
+    else:
+        setattr(parent, name, Absent(child))
 
 
 def _whole(model: PreTrainedModel) -> Cut:
@@ -303,5 +313,8 @@ def _ties_head_to(embedding: nn.Module, model: PreTrainedModel) -> bool:
         return False
     source = next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)
     if set(ties.values()) != {source}:
-        raise ModelError(f"{type(model).__name__} ties {ties}; only a head that is tied to the embedding can be cut")
+        tied, to = next((name, value) for name, value in ties.items() if value != source)
+        raise ModelError(
+            f"{type(model).__name__} ties {tied} to {to}; only a head that is tied to the embedding can be cut"
+        )
     return True

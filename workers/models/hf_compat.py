@@ -103,8 +103,8 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedModel]:
-    """A class like `base` whose instances are pruned as soon as they are built, hence before anything is loaded."""
+def pruned_class(base: type[PreTrainedModel], prune: Prune, name: str) -> type[PreTrainedModel]:
+    """A class like `base`, of this name, whose instances are pruned as soon as they are built, hence before anything is loaded."""
 
     # transformers gives no types for what it passes on
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -118,17 +118,19 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
         prune(self)
         self._keys_to_ignore_on_load_unexpected = {r".*"}  # other stages' tensors
 
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return type(name, (base,), {"__init__": __init__, "__module__": base.__module__})
 
 
 def read_pruned(
-    directory: Path, config: PretrainedConfig, prune: Prune, attention: str | None, dtype: torch.dtype
+    directory: Path, config: PretrainedConfig, prune: Prune, attention: str | None, name: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a pruned model on the CPU and tie it; reads only the tensors that are left after pruning.
 
+    `attention`: None for the author's choice; `name`: of its class, as it stands in a config.json.
+
     Returns the model and what is wrong with the checkpoint: one line for each missing or misshapen tensor.
     """
-    loaded: Any = pruned_class(causal_lm_class(config), prune).from_pretrained(  # its type depends on its arguments
+    loaded: Any = pruned_class(causal_lm_class(config), prune, name).from_pretrained(  # its type depends on its arguments
         directory,
         config=config,
         attn_implementation=attention,
@@ -145,11 +147,16 @@ def read_pruned(
     return model, faults
 
 
-def build_pruned(config: PretrainedConfig, prune: Prune, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A pruned model on the meta device: shapes and dtypes as after loading, no memory, nothing tied."""
+def build_pruned(
+    config: PretrainedConfig, prune: Prune, attention: str | None, name: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A pruned model on the meta device: shapes and dtypes as after loading, no memory, nothing tied.
+
+    `attention` and `name` as for `read_pruned`.
+    """
     config._attn_implementation = attention
     config.dtype = dtype
-    model_class = pruned_class(causal_lm_class(config), prune)
+    model_class = pruned_class(causal_lm_class(config), prune, name)
     with ExitStack() as stack:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)

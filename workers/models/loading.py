@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...api.errors import ModelError
 from ...api.hub import directory_of
-from ...api.model_support import Packing, Way
+from ...api.model_support import Packing, Way, support_table
 from . import attention, hf_compat, probe
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune, replace_head
@@ -54,15 +54,14 @@ def load_stage(
     with hf_compat.quiet():
         directory = directory_of(path)
         config = config_from_directory(directory)
+        is_language_model = not any("ForSequenceClassification" in name for name in config.architectures or ())
         pruning = _Pruning(config, index, num_stages, head, way)
-        has_language_head = any("ForSequenceClassification" not in name for name in config.architectures or [""])
-        pruning.prepare(config)
         try:
             with _blaming_the_cut(num_stages):
-                model, faults = hf_compat.read_pruned(directory, config, pruning, pruning.attention, dtype)
+                model, faults = hf_compat.read_pruned(directory, config, pruning, pruning.attention, pruning.name, dtype)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory} cannot be read as a safetensors checkpoint: {error}") from error
-        if head is Head.SCALAR and has_language_head and _MISSING_SCORE in faults:
+        if head is Head.SCALAR and is_language_model and _MISSING_SCORE in faults:
             faults.remove(_MISSING_SCORE)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 _draw(model.score, "score", model, seed)
@@ -95,8 +94,7 @@ def init_stage(
     with hf_compat.quiet():
         described = config_from_keywords(config)
         pruning = _Pruning(described, index, num_stages, head, way)
-        pruning.prepare(described)
-        model = hf_compat.build_pruned(described, pruning, pruning.attention, dtype)
+        model = hf_compat.build_pruned(described, pruning, pruning.attention, pruning.name, dtype)
         with _blaming_the_cut(num_stages):
             _initialise(model, seed)
         return _finish(model, pruning, device)
@@ -106,26 +104,32 @@ _MISSING_SCORE = "score.weight is missing"
 
 
 class _Pruning:
-    """Prunes the one model that it is called with and keeps how."""
+    """Prunes the one model that it is called with, which is to be built from `config`, and keeps how."""
 
-    def __init__(
-        self, config: PretrainedConfig, index: int, num_stages: int, head: Head, way: Way | None
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, index: int, num_stages: int, head: Head, way: Way | None) -> None:
         self.index, self.num_stages, self.head = index, num_stages, head
-        self.way = Way() if way is None else way
+        self.way = _measured_way(config, num_stages) if way is None else way
         self.attention = attention.ATTENTION if self.way.packing is Packing.ROW else None
+        self.name = hf_compat.causal_lm_class(config).__name__
         self.cut: Cut | None = None
-
-    def prepare(self, config: PretrainedConfig) -> None:
-        """What the configuration must say before the model is built from it."""
         attention.register()
-        if self.head is Head.SCALAR:
+        if head is Head.SCALAR:
             config.num_labels = 1
+            self.name = hf_compat.scalar_name(config)
 
     def __call__(self, model: PreTrainedModel) -> None:
         if self.head is Head.SCALAR:
             replace_head(model)
         self.cut = prune(model, self.index, self.num_stages, self.way.embeds_everywhere)
+
+
+def _measured_way(config: PretrainedConfig, num_stages: int) -> Way:
+    """How the support table says that a model runs. Raises ModelError if it says that it does not."""
+    support = support_table().of(config.model_type)
+    if refusal := support.refusal(config.to_dict(), num_stages):
+        raise ModelError("; ".join(refusal))
+    assert support.way is not None, "a type that does not run is refused"
+    return support.way
 
 
 @contextmanager

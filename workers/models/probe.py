@@ -119,11 +119,11 @@ def _misfit(stage: Stage, seen: _Seen, out: Tensor, ids: Tensor, hidden: Tensor 
     """Whether layers give something else than stand-ins do, or hand on more than hidden states."""
     size = stage.cut.stand_ins[0].tuple_size
     for given in seen.layer_outputs:
-        if type(given) is not (tuple if size else Tensor):
+        if type(given) not in ((tuple, list) if size else (Tensor,)):
             return f"{_OTHER_OUTPUTS} {type(given).__name__}, not a tensor; such layers cannot be cut"
         if size and len(given) != size:
             return f"{_OTHER_OUTPUTS} tuples of {len(given)}; such layers cannot be cut"
-    if size < 2 or all(other is None for given in seen.layer_outputs for other in given[1:]):
+    if all(other is None for given in seen.layer_outputs for other in given[1:size]):
         return None
     with ExitStack() as hooks, torch.no_grad():
         for layer in stage.cut.layers:

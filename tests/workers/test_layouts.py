@@ -71,7 +71,7 @@ def whole_of(family: str) -> Whole:
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
     norm = math.sqrt(sum(float((gradient.astype(float) ** 2).sum()) for gradient in gradients.values()))
-    return Whole(float(loss), norm, gradients, weights)
+    return Whole(float(loss.detach()), norm, gradients, weights)
 
 
 @pytest.fixture(scope="module")

@@ -96,4 +96,21 @@ def config_of(model: Model) -> PretrainedConfig:
 def model_limits(model: Model) -> tuple[int, int]:
     """The most tokens that a sequence of this model may have (no limit: `sys.maxsize`), and the vocabulary's size."""
     config = config_of(model)
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize, config.vocab_size
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return min(context, rotary_limit(config) or sys.maxsize), config.vocab_size
+
+
+def rotary_limit(config: PretrainedConfig) -> int | None:
+    """The tokens of a sequence beyond which it would change the rotary embedding of the others in its row, if any.
+
+    Such embeddings (longrope, dynamic) scale with the longest sequence that transformers sees in a call.
+    """
+    described = getattr(config, "rope_parameters", None) or {}
+    kinds = described.values() if any(isinstance(value, dict) for value in described.values()) else [described]
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif kind.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)

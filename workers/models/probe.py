@@ -104,6 +104,8 @@ def _fault(stage: Stage) -> str | None:
     if stage.packing is Packing.ROW and current.num_calls.total() < max(1, len(stage.cut.layers)):
         return "has layers that do not attend through transformers' attention interface: they could not be packed"
     inputs = seen.embedded if hidden is None else [hidden]
+    if any(each.shape[:2] != ids.shape for each in inputs):
+        return "holds tokens in another order than one row after another"
     if len(lengths) > 1 and _reaches(out[:, NUM_FIRST:], inputs, slice(0, NUM_FIRST)):
         return "carries state from one packed sequence into the next; use a model of attention layers only"
     if _reaches(out[:, NUM_FIRST : NUM_FIRST + 1], inputs, slice(NUM_FIRST + 1, None)):

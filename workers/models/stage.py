@@ -23,6 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...api.errors import ModelError
 from ...api.model_support import Packing
 from .attention import PackedBatch, PackedPass, packed
+from .configs import rotary_limit
 from .cut import Cut, balanced_split
 
 __all__ = ["Stage", "balanced_split"]
@@ -68,6 +69,7 @@ class Stage(nn.Module):
         self.config: PretrainedConfig = model.config
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.cut = cut
+        self.rotary_limit = rotary_limit(model.config)
 
     @property
     def tied_embedding(self) -> nn.Parameter | None:
@@ -114,6 +116,12 @@ class Stage(nn.Module):
         )
         if self.packing is Packing.ALONE:
             return self._run_alone(ids, current, hidden)
+        limit = self.rotary_limit
+        if limit is not None and len(current.batch.seqlens) > 1 and current.batch.longest > limit:
+            raise ModelError(
+                f"a sequence of {current.batch.longest} tokens in a row with others: beyond {limit} it would change "
+                "the rotary embedding of all; give it a microbatch of its own, or shorten it"
+            )
         return self._run(ids, current, hidden, current.batch.model_kwargs())
 
     def _run_alone(self, ids: Tensor, current: PackedPass, hidden: Tensor | None) -> Tensor:

@@ -160,11 +160,11 @@ def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _models(options: argparse.Namespace, rest: list[str]) -> int:
-    from .system.supported import show
+    from .system.supported import report
 
     if rest:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    show(options.type, options.json)
+    print(report(options.type, options.json))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Models by the name of their repository, out of this machine's Hugging Face cache. Never touches the network.
 
-    Qwen/Qwen3-0.6B  ->  ~/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/<commit>
+Qwen/Qwen3-0.6B  ->  ~/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/<commit>
 """
 
 from __future__ import annotations
@@ -29,5 +29,7 @@ def directory_of(path: Path) -> Path:
 def advice(path: Path) -> str:
     """How to come by what `path` names, as the cure of an error."""
     if is_repository(path):
-        return f"give the path of a Hugging Face directory, or fetch it first: hf download {path.as_posix()}"
-    return "give the path of a Hugging Face directory"
+        return (
+            f"name a Hugging Face directory, or a repository that is here: `hf download {path.as_posix()}` fetches it"
+        )
+    return "name a Hugging Face directory"

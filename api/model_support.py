@@ -75,11 +75,11 @@ class Support:
         if self.way is None:
             return ["use another type"]
         cures = {
-            Column.SPLIT: "set layout.pp and chunks to 1",
-            Column.PACKED: "runs as it is, one sequence a call",
-            Column.DECODE: "train it on data that is there: it cannot generate",
+            Column.SPLIT: "pp = 1",
+            Column.PACKED: "one sequence a call, by itself",
+            Column.DECODE: "no generation",
         }
-        switches = [f"leave {name} at {not value}" for name, (value, _) in self.unless.items()]
+        switches = [f"{name} = {not value}" for name, (value, _) in self.unless.items()]
         return [cures[column] for column in self.fails] + switches
 
     def refusal(self, config: Mapping[str, Any], num_stages: int, generates: bool = False) -> tuple[str, str] | None:
@@ -112,7 +112,7 @@ class SupportTable:
         """Raises ModelError for a type that is not in the table."""
         if not isinstance(model_type, str) or model_type not in self.types:
             similar = difflib.get_close_matches(str(model_type), self.types, n=3)
-            cure = f"did you mean {' or '.join(similar)}?" if similar else "`trainmaster models` lists those that work"
+            cure = f"you may mean {' or '.join(similar)}" if similar else "`trainmaster models` lists those that work"
             raise ModelError(
                 f"model type {model_type!r} is no causal language model of transformers {self.transformers}; {cure}"
             )

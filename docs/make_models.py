@@ -1,7 +1,7 @@
 """`make models`: measures every model type of transformers, and writes api/model_support.json.
 
-    python docs/make_models.py                all types, over all cores: some minutes
-    python docs/make_models.py qwen3 lfm2     these, printed; the file stays as it is
+python docs/make_models.py                all types, over all cores: some minutes
+python docs/make_models.py qwen3 lfm2     these, printed; the file stays as it is
 """
 
 from __future__ import annotations
@@ -34,18 +34,23 @@ def main(names: list[str]) -> None:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for support in pool.map(_measure, names or model_types()):
             supports.append(support)
-            print(f"{support.model_type:24s} {json.dumps(to_json(support))}", flush=True)
+            _say(f"{support.model_type:24s} {json.dumps(to_json(support))}")
     for column in Column:
-        print(f"{column.value:10s} {sum(support.passes(column) for support in supports):4d} of {len(supports)}")
+        _say(f"{column.value:10s} {sum(support.passes(column) for support in supports):4d} of {len(supports)}")
     alone = sum(support.way is not None and support.way.packing is Packing.ALONE for support in supports)
-    print(f"one sequence a call: {alone}; not at all: {sum(support.way is None for support in supports)}")
-    print(f"{time.monotonic() - started:.0f} s")
+    _say(f"one sequence a call: {alone}; not at all: {sum(support.way is None for support in supports)}")
+    _say(f"{time.monotonic() - started:.0f} s")
     if not names:
         supports += [Support(name, None, reason) for name, reason in others().items()]
         types = {support.model_type: to_json(support) for support in sorted(supports, key=lambda each: each.model_type)}
         table = {"transformers": transformers.__version__, "types": types}
         FILE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {FILE.relative_to(ROOT)}")
+        _say(f"wrote {FILE.relative_to(ROOT)}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _measure(model_type: str) -> Support:

@@ -151,7 +151,9 @@ def _check_model(model: Model, field: str, generates: bool) -> Mapping[str, Any]
             if model.layout.chunks > 1:
                 rule += f", and pp * chunks is {model.layout.num_stages}"
             raise ConfigError(f"{field}.layout.pp", model.layout.pp, rule, "lower it")
-    _check_type(config, model.layout.num_stages, generates, f"{field}.path" if model.path else f"{field}.config")
+    _check_type(
+        config, model.layout.num_stages, generates, f"{field}.path" if model.path else f"{field}.config.model_type"
+    )
     return config
 
 

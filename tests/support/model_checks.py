@@ -1,7 +1,7 @@
 """What a support table says of a model type, measured: our stages against transformers' own whole model.
 
     split       each document by itself, through 2 stages and through 3
-    packed      documents in one row: each as it is alone; none moves when another changes, no token when a later one does
+    packed      documents in one row: each as it is alone; none moves when another changes, nor when a later token does
     gradients   of every parameter, over two microbatches, where only hidden states and their gradients cross stages
     decode      with KV caches: prompts, rows that go on, end, move and join, at every step
     save        what all stages write: the names and the bits of save_pretrained's, and whole when read again
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +28,6 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from tiny_models import causal_class, flip, flipped, missing_kinds, tiny_configs
 from torch import Tensor, nn
@@ -297,7 +297,9 @@ def measure(model_type: str, with_switches: bool = True) -> Support:
         if missing:
             raise LookupError(f"{model_type}: no tiny configuration has a {', '.join(missing)}")
         best = _best_way(model_type, references)
-        without = _best_way(model_type, references[:1]) if len(references) > 1 and (best.way is None or best.fails) else best
+        without = (
+            _best_way(model_type, references[:1]) if len(references) > 1 and (best.way is None or best.fails) else best
+        )
         if without != best and (name := _one_switch(configs)):
             reason = best.reason or next(iter(best.fails.values()))
             best = replace(without, unless={name: (not configs[0].get(name, False), reason)})
@@ -383,7 +385,7 @@ def _reason(error: TrainmasterError, model_type: str, column: Column) -> str:
     if "cannot run as stage" in reason or "needs all of its modules" in reason:
         parts = {Column.SPLIT: "from hidden states alone", Column.PACKED: "on documents in one row"}
         return f"cannot run {parts.get(column, 'as a stage')}"
-    return reason
+    return re.sub(r"^[A-Z]\w+ (?=[a-z])", "", reason)  # the name of a class
 
 
 def load_all(directory: Path, num_stages: int, way: Way | None) -> list[Stage]:

@@ -127,7 +127,9 @@ SIZES: dict[str, Any] = {
         0.0,
     ),
 }
-ROPE_BY_KIND = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+ROPE_BY_KIND = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+}
 INKLING = {
     "layer_types": ["hybrid", "hybrid_sliding"] * 2,
     "sliding_window_size": 8,

@@ -90,7 +90,11 @@ def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: 
 
 def config_of(model: Model) -> PretrainedConfig:
     """The configuration of an experiment's model."""
-    return config_from_directory(directory_of(model.path)) if model.path is not None else config_from_keywords(model.config)
+    return (
+        config_from_directory(directory_of(model.path))
+        if model.path is not None
+        else config_from_keywords(model.config)
+    )
 
 
 def model_limits(model: Model) -> tuple[int, int]:
@@ -106,7 +110,7 @@ def rotary_limit(config: PretrainedConfig) -> int | None:
     Such embeddings (longrope, dynamic) scale with the longest sequence that transformers sees in a call.
     """
     described = getattr(config, "rope_parameters", None) or {}
-    kinds = described.values() if any(isinstance(value, dict) for value in described.values()) else [described]
+    kinds = [described, *(kind for kind in described.values() if isinstance(kind, dict))]  # one for all, or by layer
     limits = []
     for kind in kinds:
         if kind.get("rope_type") == "longrope":

@@ -155,8 +155,9 @@ def balanced_split(costs: Sequence[int], num_stages: int, head_cost: int = 0) ->
     sums = list(accumulate(costs, initial=0))
     sums[-1] += head_cost
     limit = _least(sums, num_stages)
-    # best[end]: of all splits of the layers before `end` into the stages so far, the sum of squared costs and the bounds
-    best = [(cost * cost, (0, end)) if 0 < end and cost <= limit else None for end, cost in enumerate(sums)]
+    # best[end]: of all splits of the layers before `end` into the stages so far, the sum of squared costs, and bounds
+    best: list[tuple[int, tuple[int, ...]] | None]
+    best = [(cost * cost, (0, end)) if end > 0 and cost <= limit else None for end, cost in enumerate(sums)]
     for _ in range(1, num_stages):
         longer: list[tuple[int, tuple[int, ...]] | None] = [None] * (num_layers + 1)
         for end in range(num_layers + 1):
@@ -214,8 +215,8 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     lists = [name for name in order if isinstance(children[name], nn.ModuleList)]
     if len(lists) != 1:
         raise ModelError(
-            f"{type(decoder).__name__} has {len(lists)} lists of layers ({', '.join(lists) or 'none'}) where a "
-            "decoder-only model has one, so it cannot be cut into stages"
+            f"{type(decoder).__name__} has {len(lists)} lists of layers ({', '.join(lists) or 'none'}) where other "
+            "decoders have one; set model.layout.pp to 1"
         )
     place = order.index(lists[0])
     before, after = order[:place], order[place + 1 :]
@@ -315,6 +316,6 @@ def _ties_head_to(embedding: nn.Module, model: PreTrainedModel) -> bool:
     if set(ties.values()) != {source}:
         tied, to = next((name, value) for name, value in ties.items() if value != source)
         raise ModelError(
-            f"{type(model).__name__} ties {tied} to {to}; only a head that is tied to the embedding can be cut"
+            f"{type(model).__name__} ties {tied} to {to}, which may be on another stage; set model.layout.pp to 1"
         )
     return True

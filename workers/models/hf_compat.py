@@ -104,7 +104,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def pruned_class(base: type[PreTrainedModel], prune: Prune, name: str) -> type[PreTrainedModel]:
-    """A class like `base`, of this name, whose instances are pruned as soon as they are built, hence before anything is loaded."""
+    """A class like `base`, of this name, whose instances are pruned as soon as they are built: before any loading."""
 
     # transformers gives no types for what it passes on
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -130,7 +130,9 @@ def read_pruned(
 
     Returns the model and what is wrong with the checkpoint: one line for each missing or misshapen tensor.
     """
-    loaded: Any = pruned_class(causal_lm_class(config), prune, name).from_pretrained(  # its type depends on its arguments
+    loaded: Any = pruned_class(
+        causal_lm_class(config), prune, name
+    ).from_pretrained(  # its type depends on its arguments
         directory,
         config=config,
         attn_implementation=attention,

@@ -58,13 +58,15 @@ def load_stage(
         pruning = _Pruning(config, index, num_stages, head, way)
         try:
             with _blaming_the_cut(num_stages):
-                model, faults = hf_compat.read_pruned(directory, config, pruning, pruning.attention, pruning.name, dtype)
+                model, faults = hf_compat.read_pruned(
+                    directory, config, pruning, pruning.attention, pruning.name, dtype
+                )
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory} cannot be read as a safetensors checkpoint: {error}") from error
         if head is Head.SCALAR and is_language_model and _MISSING_SCORE in faults:
             faults.remove(_MISSING_SCORE)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                _draw(model.score, "score", model, seed)
+                _draw(model.get_submodule("score"), "score", model, seed)
         if faults:
             raise ModelError(f"{directory} does not fit its config.json: {'; '.join(faults)}")
         _own_memory(model)

@@ -129,7 +129,9 @@ def _misfit(stage: Stage, seen: _Seen, out: Tensor, ids: Tensor, hidden: Tensor 
         return None
     with ExitStack() as hooks, torch.no_grad():
         for layer in stage.cut.layers:
-            hooks.callback(layer.register_forward_hook(lambda _module, _args, given: (given[0],) + (None,) * (size - 1)).remove)
+            hooks.callback(
+                layer.register_forward_hook(lambda _module, _args, given: (given[0],) + (None,) * (size - 1)).remove
+            )
         lengths = (NUM_FIRST, NUM_SECOND) if stage.packing is Packing.ROW else (NUM_FIRST + NUM_SECOND,)
         try:
             again = stage.run(ids, PackedPass(PackedBatch(lengths, ids.device)), hidden)
@@ -144,7 +146,9 @@ def _reaches(out: Tensor, inputs: list[Tensor], tokens: slice) -> bool:
     """Whether any of `out` depends on these tokens of the inputs [1, T, ...]. NaN in the weights counts as no."""
     if not inputs or not out.requires_grad:
         return False
-    gradients = torch.autograd.grad(out.float().sum(), inputs, allow_unused=True, retain_graph=True)
+    # at random: what a layer norm gives always has the same sum
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device)
+    gradients = torch.autograd.grad((out.float() * weights).sum(), inputs, allow_unused=True, retain_graph=True)
     return any(grad is not None and bool(grad[:, tokens].nan_to_num().any()) for grad in gradients)
 
 

@@ -24,9 +24,7 @@ from ...api.errors import ModelError
 from ...api.model_support import Packing
 from .attention import PackedBatch, PackedPass, packed
 from .configs import rotary_limit
-from .cut import Cut, balanced_split
-
-__all__ = ["Stage", "balanced_split"]
+from .cut import Cut
 
 
 class Head(StrEnum):
@@ -39,15 +37,15 @@ class Head(StrEnum):
 
 
 class Stage(nn.Module):
-    """Layers `balanced_split(costs, num_stages, head_cost)[index]` of a model, with what its author put before the first and
-    after the last. Made by `loading.load_stage` and `loading.init_stage`.
+    """Some layers of a model, as `cut.balanced_split` has them, with what its author put before the first and after the
+    last. Made by `loading.load_stage` and `loading.init_stage`.
 
         hidden = stages[0](ids, batch)                          # [1, T, H]
         hidden = stages[1](ids, batch, hidden)
         logits = stages[1].logits(hidden[:, wanted])            # [1, n, V]
 
-    Attributes: `index` of `num_stages`; `head`; `packing`; `is_first`, `is_last`; `hidden_size` (H, what one stage sends to the next);
-    `config`, the whole model's; `model`, the pruned one.
+    Attributes: `index` of `num_stages`; `is_first`, `is_last`; `head`, `packing`; `hidden_size` (H, what one stage
+    sends to the next); `config`, the whole model's; `model`, the pruned one.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import model_checks
 import pytest
 import tiny_models
 import torch
+import transformers
 from model_checks import (
     Differs,
     MakeStages,
@@ -242,7 +243,7 @@ def test_the_whole_table_says_what_is_measured(model_type: str):
 
 def test_the_table_is_of_all_types_that_transformers_has():
     table = support_table()
-    assert table.transformers == model_checks.transformers.__version__
+    assert table.transformers == transformers.__version__
     assert set(table.types) == set(tiny_models.model_types()) | set(tiny_models.others())
     for name, reason in tiny_models.others().items():
         assert table.types[name].reason == reason

@@ -7,8 +7,9 @@ be is a gradient that is not *exactly* zero, so there is no tolerance to choose:
     token on a later token          attention that is not causal
     anything on an absent module    per-layer inputs from embeddings, a wrong plan, layers that read other layers
 
-Also asks that every layer attends through us and gives a plain tensor. Does not see positions (a model that ignores
-them passes): the tests of each model type compare with whole models for that.
+Where one sequence a call is run, only the last two are asked. Also asks that rows are attended to through us, and learns
+what layers give, a tensor or a tuple, so that stand-ins give the same; a tuple may hand on nothing but hidden states.
+Does not see positions (a model that ignores them passes): the support table compares with whole models for that.
 
 The cost is a forward pass and two backward passes to the inputs (not to the parameters) over nine tokens.
 
@@ -68,7 +69,7 @@ def _fault_of_what_runs(stage: Stage) -> str | None:
     if not stage.cut.stand_ins:
         return _fault(stage)
     first_error: Exception | None = None
-    reason: str | None = None
+    first_reason: str | None = None
     for size in range(_LONGEST_TUPLE + 1):
         stage.cut.layers_give(size)
         try:
@@ -77,20 +78,20 @@ def _fault_of_what_runs(stage: Stage) -> str | None:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             first_error = first_error or error
-            continue
-        if reason is None or not reason.startswith(_OTHER_OUTPUTS):
-            return reason
+        else:
+            if reason is None or not reason.startswith(_OTHER_OUTPUTS):
+                return reason
+            first_reason = first_reason or reason
     stage.cut.layers_give(0)
-    if reason is None and first_error is not None:
+    if first_reason is None and first_error is not None:
         raise first_error
-    return reason
+    return first_reason
 
 
 def _fault(stage: Stage) -> str | None:
     """What is wrong, as the end of a sentence that begins with the model's name."""
     parameter = next(stage.parameters())
-    lengths = (NUM_FIRST, NUM_SECOND) if stage.packing is Packing.ROW else (NUM_FIRST + NUM_SECOND,)
-    current = PackedPass(PackedBatch(lengths, parameter.device))
+    current = PackedPass(_batch(stage, parameter.device))
     num_tokens = current.batch.num_tokens
     ids = (torch.arange(num_tokens) % stage.config.get_text_config().vocab_size)[None].to(parameter.device)  # [1, T]
     source = torch.Generator().manual_seed(0)
@@ -106,7 +107,7 @@ def _fault(stage: Stage) -> str | None:
     inputs = seen.embedded if hidden is None else [hidden]
     if any(each.shape[:2] != ids.shape for each in inputs):
         return "holds tokens in another order than one row after another"
-    if len(lengths) > 1 and _reaches(out[:, NUM_FIRST:], inputs, slice(0, NUM_FIRST)):
+    if stage.packing is Packing.ROW and _reaches(out[:, NUM_FIRST:], inputs, slice(0, NUM_FIRST)):
         return "carries state from one packed sequence into the next; use a model of attention layers only"
     if _reaches(out[:, NUM_FIRST : NUM_FIRST + 1], inputs, slice(NUM_FIRST + 1, None)):
         return "is not causal: its tokens see later ones; use a decoder"
@@ -115,6 +116,11 @@ def _fault(stage: Stage) -> str | None:
             where = f"stage {stage.index} of {stage.num_stages}"
             return f"needs {name} on {where}, which another stage owns; set model.layout.pp to 1"
     return None
+
+
+def _batch(stage: Stage, device: torch.device) -> PackedBatch:
+    lengths = (NUM_FIRST, NUM_SECOND) if stage.packing is Packing.ROW else (NUM_FIRST + NUM_SECOND,)
+    return PackedBatch(lengths, device)
 
 
 def _misfit(stage: Stage, seen: _Seen, out: Tensor, ids: Tensor, hidden: Tensor | None) -> str | None:
@@ -127,14 +133,15 @@ def _misfit(stage: Stage, seen: _Seen, out: Tensor, ids: Tensor, hidden: Tensor 
             return f"{_OTHER_OUTPUTS} tuples of {len(given)}; such layers cannot be cut"
     if all(other is None for given in seen.layer_outputs for other in given[1:size]):
         return None
+
+    def bare(_module: nn.Module, _args: object, given: tuple[object, ...]) -> tuple[object, ...]:
+        return (given[0],) + (None,) * (size - 1)
+
     with ExitStack() as hooks, torch.no_grad():
         for layer in stage.cut.layers:
-            hooks.callback(
-                layer.register_forward_hook(lambda _module, _args, given: (given[0],) + (None,) * (size - 1)).remove
-            )
-        lengths = (NUM_FIRST, NUM_SECOND) if stage.packing is Packing.ROW else (NUM_FIRST + NUM_SECOND,)
+            hooks.callback(layer.register_forward_hook(bare).remove)
         try:
-            again = stage.run(ids, PackedPass(PackedBatch(lengths, ids.device)), hidden)
+            again = stage.run(ids, PackedPass(_batch(stage, ids.device)), hidden)
         except _MISFITS:
             again = None
     if again is None or not torch.equal(again, out):

@@ -103,8 +103,10 @@ def make_reference(config: Mapping[str, Any], directory: Path) -> Reference:  # 
         described = AutoConfig.for_model(**copy.deepcopy(dict(config)))
         model = _by_the_definition(causal_class(type(described)), described)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+            saved = model.state_dict()
+            buffers = [buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]
+            for tensor in (*model.parameters(), *buffers):
+                tensor.add_(torch.randn_like(tensor) * 0.05)
             for module in model.modules():
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     module.weight[module.padding_idx] = 0  # as transformers has it after loading
@@ -254,8 +256,9 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         with hf_compat.quiet():
             reread = type(reference.model).from_pretrained(directory, dtype=torch.float32)
-        for name, parameter in reference.model.named_parameters():
-            if not torch.equal(reread.get_parameter(name), parameter):
+        found = reread.state_dict()
+        for name, tensor in reference.model.state_dict().items():
+            if not torch.equal(found[name], tensor):
                 raise Differs(f"reads {name} again with other bits")
 
 

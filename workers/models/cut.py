@@ -292,7 +292,7 @@ def _whole(model: PreTrainedModel) -> Cut:
         inlet=None,
         outlet=None,
         shared=[],
-        has_tied_embedding=bool(hf_compat.tied_names(model)),
+        has_tied_embedding=_name_of(model.get_input_embeddings(), model) in hf_compat.tied_names(model).values(),
     )
 
 
@@ -312,10 +312,15 @@ def _ties_head_to(embedding: nn.Module, model: PreTrainedModel) -> bool:
     ties = hf_compat.tied_names(model)
     if not ties:
         return False
-    source = next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)
+    source = _name_of(embedding, model)
     if set(ties.values()) != {source}:
         tied, to = next((name, value) for name, value in ties.items() if value != source)
         raise ModelError(
             f"{type(model).__name__} ties {tied} to {to}, which may be on another stage; set model.layout.pp to 1"
         )
     return True
+
+
+def _name_of(embedding: nn.Module, model: PreTrainedModel) -> str | None:
+    """The name of an embedding's weight."""
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is embedding), None)

@@ -7,9 +7,9 @@ be is a gradient that is not *exactly* zero, so there is no tolerance to choose:
     token on a later token          attention that is not causal
     anything on an absent module    per-layer inputs from embeddings, a wrong plan, layers that read other layers
 
-Where one sequence a call is run, only the last two are asked. Also asks that rows are attended to through us, and learns
-what layers give, a tensor or a tuple, so that stand-ins give the same; a tuple may hand on nothing but hidden states.
-Does not see positions (a model that ignores them passes): the support table compares with whole models for that.
+Where one sequence a call is run, only the last two are asked. Also asks that rows are attended to through us, and
+learns what layers give, a tensor or a tuple, so that stand-ins give the same; a tuple may hand on nothing but hidden
+states. Does not see positions (a model that ignores them passes): the support table compares with whole models.
 
 The cost is a forward pass and two backward passes to the inputs (not to the parameters) over nine tokens.
 

@@ -50,8 +50,8 @@ def load_stage(
     this stage's tensors, are read; files are checked first (see `integrity`). A scalar head that a checkpoint of a
     language model lacks is drawn from `seed`. `way`: None for what the support table says of the model's type.
 
-    Raises ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or too
-    many, by name, and for models that no stage can run; ConfigError for more stages than layers.
+    Raises ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or
+    too many, by name, and for models that no stage can run; ConfigError for more stages than layers.
 
         load_stage(Path("Qwen/Qwen3-0.6B"), index=0, num_stages=2, device=cpu)
     """

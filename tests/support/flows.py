@@ -280,13 +280,22 @@ class World:
             if (step, place) < younger and self._next_window(step, call) is not None
         ]
 
+    def _window_size(self, step: int, call: Call) -> int:
+        return -(-len(self.batches[step]) * call.batch_size // self.graph.num_sequences)
+
+    def _left(self, step: int, call: Call) -> tuple[int, tuple[str, ...]]:
+        """How many windows of the step the call has begun, and the sequences of those to come."""
+        num_fired = sum((at, name) == (step, call.name) for at, name, _, _ in self.fired)
+        return num_fired, self.batches[step][num_fired * self._window_size(step, call) :]
+
     def _next_window(self, step: int, call: Call) -> int | None:
         """The call's next one in this step, if nothing but workers is wanting."""
-        num_fired = sum((at, name) == (step, call.name) for at, name, _, _ in self.fired)
+        num_fired, left = self._left(step, call)
+        if not left or any(self._left(older, call)[1] for older in range(step)):  # it goes through steps in order
+            return None
         batch = self.batches[step]
-        size = -(-len(batch) * call.batch_size // self.graph.num_sequences)
-        ids = set(batch[num_fired * size : (num_fired + 1) * size]) - self.gone[call.name]
-        if not batch[num_fired * size :] or not all((each, key) in self.has for each in ids for key in call.inputs):
+        ids = set(left[: self._window_size(step, call)]) - self.gone[call.name]
+        if not all((each, key) in self.has for each in ids for key in call.inputs):
             return None
         for name in self.graph.waits_for(call.name):
             if self.done[step, name] + len(self.gone[name] & set(batch)) < len(batch):

@@ -240,7 +240,7 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
         names = [name for file in files for name in file.tensors]
         if len(set(names)) != len(names):
             raise Differs("saves a tensor twice")
-        tensors = {name: tensor for file in files for name, tensor in load_file(directory / file.name).items()}
+        tensors = {name: tensor for file in files for name, tensor in load_file(directory / file.file).items()}
         saved = {
             name: tensor
             for file in reference.directory.glob("*.safetensors")
@@ -250,8 +250,8 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
         for name, tensor in saved.items():
             if not torch.equal(tensors[name], tensor):
                 raise Differs(f"saves {name} with other bits")
-        weight_map = {name: file.name for file in files for name in file.tensors}
-        index = {"metadata": {"total_size": sum(file.total_size_bytes for file in files)}, "weight_map": weight_map}
+        weight_map = {name: file.file for file in files for name in file.tensors}
+        index = {"metadata": {"total_size": sum(file.size_bytes for file in files)}, "weight_map": weight_map}
         if num_stages > 1:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         with hf_compat.quiet():

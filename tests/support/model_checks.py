@@ -104,8 +104,9 @@ def make_reference(config: Mapping[str, Any], directory: Path) -> Reference:  # 
         model = _by_the_definition(causal_class(type(described)), described)
         with torch.no_grad():
             saved = model.state_dict()
-            buffers = [buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]
-            for tensor in (*model.parameters(), *buffers):
+            # and buffers that are saved, if they are no masks
+            buffers = [each for name, each in model.named_buffers() if name in saved and each.dim() < 2]
+            for tensor in (*model.parameters(), *(each for each in buffers if each.is_floating_point())):
                 tensor.add_(torch.randn_like(tensor) * 0.05)
             for module in model.modules():
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from trainmaster.api.model_support import Column, Way, support_table
 from trainmaster.workers.models.attention import PackedPass
 from trainmaster.workers.models.stage import Stage
+from transformers import CONFIG_MAPPING
 
 CHECKS = {
     "split": check_split,
@@ -247,6 +248,13 @@ def test_the_table_is_of_all_types_that_transformers_has():
     assert set(table.types) == set(tiny_models.model_types()) | set(tiny_models.others())
     for name, reason in tiny_models.others().items():
         assert table.types[name].reason == reason
+
+
+def test_switches_that_are_refused_are_not_at_what_is_usual():
+    """A configuration that does not name a switch has it at the usual value, and is not refused for it."""
+    for name, support in support_table().types.items():
+        for switch, (value, _) in support.unless.items():
+            assert CONFIG_MAPPING[name].__dataclass_fields__[switch].default is not value, (name, switch)
 
 
 def test_a_reference_is_the_same_each_time(tmp_path: Path):

@@ -185,9 +185,10 @@ def test_split_refuses_stages_without_layers(num_stages):
 def test_a_long_sequence_changes_the_rotary_embedding_of_no_other():
     """transformers scales this embedding with the longest sequence of a call."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8, **factors}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = {"model_type": "phi3", "vocab_size": 64, "pad_token_id": 0, "max_position_embeddings": 32, **sizes}
+    config["original_max_position_embeddings"] = 8
     stage = init_stage({**config, "rope_parameters": rope}, 1, 0, 1, CPU)
     ids = torch.arange(20)[None] + 3
     alone = stage(ids[:, :5], PackedBatch((5,), CPU))

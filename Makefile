@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test faults check format reference clean
+.PHONY: setup demo test faults check format reference models clean
 
 setup: .venv/.ready
 
@@ -31,6 +31,9 @@ check: setup
 
 reference: setup
 	$(BIN)/python docs/make_reference.py
+
+models: setup
+	$(BIN)/python docs/make_models.py
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 """The command line: `trainmaster run | master | worker | check | doctor | graph FILE`, and `ps`, `status`, `logs`,
-`pause`, `unpause`, `stop` for runs that are there; `schedule` draws a pipeline schedule.
+`pause`, `unpause`, `stop` for runs that are there; `schedule` draws a pipeline schedule, `models` lists what models
+work.
 
 Exit codes: 0 done; 1 the run failed; 2 the experiment or the command is wrong, nothing was trained; 128 + n stopped by
 signal n (130 for Ctrl-C, 143 for SIGTERM). Of a worker also: 3 its master is gone; 4 its master ended the run early.
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     graph = add("graph", _graph, "print an experiment's models and dataflow graph, or draw it")
     graph.add_argument("--out", type=Path, metavar="SVG", help="draw it into this file")
     _add_schedule(commands)
+    _add_models(commands)
     return parser
 
 
@@ -151,6 +153,23 @@ def _add_schedule(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument("--comm", default="0", metavar="T", help="how long a message takes (0)")
     command.add_argument("--recompute", action="store_true", help="make activations again before each backward")
     command.add_argument("--out", type=Path, metavar="SVG", help="draw it into this file")
+
+
+def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "list the model types of transformers and what works with each, or all that is known of one"
+    command = commands.add_parser("models", help=text, description=text, allow_abbrev=False)
+    command.set_defaults(handler=_models, parser=command, file=Path())
+    command.add_argument("type", nargs="?", metavar="TYPE", help="a model_type, such as qwen3")
+    command.add_argument("--json", action="store_true", help="for programs")
+
+
+def _models(options: argparse.Namespace, rest: list[str]) -> int:
+    from .system.supported import report
+
+    if rest:
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    print(report(options.type, options.json))
+    return 0
 
 
 def _schedule(options: argparse.Namespace, rest: list[str]) -> int:

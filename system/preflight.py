@@ -9,11 +9,13 @@ from typing import Any, TextIO  # Any: the values of a config are transformers' 
 
 from ..api.algorithms import Generation
 from ..api.config import Model
-from ..api.errors import ConfigError
+from ..api.errors import ConfigError, ModelError
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import CompiledExperiment, FedGraph
 from ..api.graph import Graph
+from ..api.hub import advice, directory_of
 from ..api.json_lines import check_json_lines
+from ..api.model_support import support_table
 from ..api.rewards import resolve_reward
 from .service.claims import claim, owner_of
 from .service.keys import DIRECTORY
@@ -29,7 +31,11 @@ def check_files(compiled: CompiledExperiment) -> None:
 
     Raises `ConfigError` for the first that is not.
     """
-    configs = {role: _check_model(placed.model, placed.field) for role, placed in compiled.models.items()}
+    calls = [call for fed in compiled.graphs.values() for call in fed.graph.model_calls]
+    generating = {call.model for call in calls if isinstance(call.settings, Generation)}
+    configs = {
+        role: _check_model(placed.model, placed.field, role in generating) for role, placed in compiled.models.items()
+    }
     for placed in compiled.models.values():
         state = None if placed.optimizer is None else placed.optimizer.state
         if state is not None and not any(state.glob("optimizer/*.safetensors")):
@@ -117,16 +123,15 @@ def _exists(path: Path) -> ConfigError:
     )
 
 
-def _check_model(model: Model, field: str) -> Mapping[str, Any]:
+def _check_model(model: Model, field: str, generates: bool) -> Mapping[str, Any]:
     """Returns its config."""
     config = model.config
     if model.path is not None:
-        file = model.path / "config.json"
+        directory = directory_of(model.path)
+        file = directory / "config.json"
         if not file.is_file():
-            raise ConfigError(
-                f"{field}.path", str(model.path), "there is no config.json in it", "name a Hugging Face directory"
-            )
-        if not any(model.path.glob("*.safetensors")):
+            raise ConfigError(f"{field}.path", str(model.path), "there is no config.json in it", advice(model.path))
+        if not any(directory.glob("*.safetensors")):
             raise ConfigError(
                 f"{field}.path",
                 str(model.path),
@@ -137,7 +142,7 @@ def _check_model(model: Model, field: str) -> Mapping[str, Any]:
             config = json.loads(file.read_text())
         except ValueError as error:
             raise ConfigError(f"{field}.path", str(file), f"not JSON ({error})", "restore the file") from None
-    if not model.tokenizer_path.is_dir():
+    if not directory_of(model.tokenizer_path).is_dir():
         raise ConfigError(
             f"{field}.tokenizer",
             str(model.tokenizer_path),
@@ -155,4 +160,19 @@ def _check_model(model: Model, field: str) -> Mapping[str, Any]:
             if model.layout.chunks > 1:
                 rule += f", and pp * chunks is {model.layout.num_stages}"
             raise ConfigError(f"{field}.layout.pp", model.layout.pp, rule, "lower it")
+    _check_type(
+        config, model.layout.num_stages, generates, f"{field}.path" if model.path else f"{field}.config.model_type"
+    )
     return config
+
+
+def _check_type(config: Mapping[str, Any], num_stages: int, generates: bool, field: str) -> None:
+    """Whether models of its type run as they are to be used."""
+    model_type = config.get("model_type")
+    try:
+        support = support_table().of(model_type)
+    except ModelError as error:
+        rule, _, cure = str(error).partition("; ")
+        raise ConfigError(field, model_type, rule, cure) from None
+    if refusal := support.refusal(config, num_stages, generates):
+        raise ConfigError(field, model_type, *refusal)

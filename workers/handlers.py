@@ -11,6 +11,7 @@ from ..api.algorithms import Generation
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import FedGraph
 from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
+from ..api.hub import directory_of
 from ..system.rpc.commands import (
     CallDone,
     CallFunction,
@@ -206,7 +207,7 @@ class Handlers:
     def _tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         if role not in self._tokenizers:
             placed = self._context.compiled.models[role]
-            tokenizer = load_tokenizer(placed.model.tokenizer_path, f"{placed.field}.tokenizer")
+            tokenizer = load_tokenizer(directory_of(placed.model.tokenizer_path), f"{placed.field}.tokenizer")
             check_reload(tokenizer, config_of(placed.model), f"{placed.field}.tokenizer")
             self._tokenizers[role] = tokenizer
         return self._tokenizers[role]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +191,17 @@ def _train(rank: int, port: int, case: Case) -> Outcome:
 
 @contextmanager
 def processes() -> Iterator[Pool]:
-    with ProcessPoolExecutor(NUM_WORKERS, mp_context=forking()) as pool:
-        yield Pool(pool)
+    """All of which have imported what they need, so that none keeps the others waiting in a group."""
+    with ProcessPoolExecutor(NUM_WORKERS, mp_context=forking()) as executor:
+        pool = Pool(executor)
+        pool.run(_meet, NUM_WORKERS)
+        yield pool
+
+
+def _meet(rank: int, port: int) -> None:
+    store = torch.distributed.TCPStore(ADDRESS, port, timeout=timedelta(seconds=110))
+    store.set(str(rank), "here")
+    store.wait([str(other) for other in range(NUM_WORKERS)])
 
 
 def joined(outcomes: Sequence[Outcome]) -> tuple[dict[str, numpy.ndarray], dict[str, numpy.ndarray]]:

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from trainmaster.api.config import Dataset, Layout, Model
+from trainmaster.api.config import Dataset, Layout, Model, RunOptions
 from trainmaster.api.errors import ConfigError, DataError
 from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.sft import SFT
@@ -72,8 +72,52 @@ def test_a_number_of_layers_that_is_no_number_is_refused_by_name(tmp_path: Path)
 
 
 def test_a_number_of_layers_that_is_null_says_nothing(tmp_path: Path):
-    config = {"model_type": "t5", "num_layers": None, "num_hidden_layers": 4}
+    config = {"model_type": "qwen2", "num_layers": None, "num_hidden_layers": 4}
     check(tmp_path, model=Model(config=config, tokenizer=tmp_path, layout=Layout(pp=2)))
+
+
+@pytest.mark.parametrize(
+    ("config", "pp", "says"),
+    [
+        ({"model_type": "bert"}, 1, r"model\.config\.model_type = 'bert': .*is an encoder\. Use another type"),
+        ({"model_type": "qwen22"}, 1, r"model\.config\.model_type = 'qwen22': .*You may mean qwen2"),
+        ({"model_type": "gemma3n_text"}, 2, r"model\.config\.model_type = .*cannot be cut\. Set layout\.pp"),
+        ({"model_type": "falcon", "alibi": True}, 1, r"with alibi = True has wrong.*Set alibi to False"),
+    ],
+)
+def test_a_model_type_that_did_not_pass_is_refused(tmp_path: Path, config: dict[str, object], pp: int, says: str):
+    with pytest.raises(ConfigError, match=says):
+        check(tmp_path, model=Model(config=config, tokenizer=tmp_path, layout=Layout(pp=pp)))
+
+
+def test_a_checkpoint_of_such_a_type_is_refused_by_its_path(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"model\.path = 'bert': model type 'bert' is an encoder"):
+        check(tmp_path, model=Model(path=model_folder(tmp_path, '{"model_type": "bert"}')))
+
+
+def test_a_type_that_runs_one_sequence_a_call_trains_but_does_not_generate(tmp_path: Path):
+    model = Model(path=model_folder(tmp_path, '{"model_type": "lfm2"}'))
+    check(tmp_path, model=model)
+    answers = AnswerEvaluation(
+        dataset=Dataset(path=tmp_path / "rows.jsonl"),
+        reward=Reward(function="exact_match"),
+        sampling=Sampling(max_new_tokens=8),
+    )
+    with pytest.raises(ConfigError, match=r"'lfm2' has no cached decode .*cannot generate\. Use a type that decodes"):
+        check(tmp_path, model=model, answers=answers, run=RunOptions(evaluate_every=1))
+
+
+def test_a_repository_in_the_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = Model(path=Path("some/model"))
+    with pytest.raises(ConfigError, match=r"model\.path = 'some/model': there is no config.*`hf download some/model`"):
+        check(tmp_path, model=model)
+    cached = tmp_path / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    model_folder(cached / "snapshots").rename(cached / "snapshots" / "abc")
+    check(tmp_path, model=model)
 
 
 def test_both_datasets_are_checked(tmp_path: Path):

@@ -76,6 +76,12 @@ class PackedBatch:
         return sum(self.seqlens)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, with what a KV cache holds of it."""
+        starts = self.starts or (0,) * len(self.seqlens)
+        return max(map(sum, zip(starts, self.seqlens, strict=True)))
+
+    @cached_property
     def runs(self) -> list[tuple[int, int]]:
         """Neighbours of one length, as (count, length): they attend in one kernel call."""
         return [(len(list(run)), length) for length, run in groupby(self.seqlens)]

@@ -1,8 +1,7 @@
 """Model configurations: from keywords that a user wrote, or from a checkpoint's directory.
 
-Owns the checks that transformers leaves out: it takes any keyword in silence and files it as an attribute. Also refuses
-what no stage can run, as far as a configuration tells: encoder-decoders, multimodal models, layers that are not
-attention. `probe` finds the rest.
+Owns the checks that transformers leaves out: it takes any keyword in silence and files it as an attribute. Does not
+say which models run: `api.model_support` does, and `probe` looks at the one that is there.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from ...api.config import Model
 from ...api.errors import ConfigError, ModelError
+from ...api.hub import advice, directory_of
 from . import hf_compat
-
-ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 def config_from_keywords(keywords: dict[str, Any]) -> PretrainedConfig:  # values are those of a foreign class
     """The configuration that `keywords` describe: `{"model_type": "qwen2", "hidden_size": 64, ...}`.
 
     The contents of a config.json will do. Raises ConfigError on `model.config.<key>` for an unknown or missing
-    model type, an unknown keyword, or a value that transformers refuses; ModelError for what no stage can run.
+    model type, an unknown keyword, or a value that transformers refuses.
     """
     keywords = dict(keywords)
     model_type = keywords.pop("model_type", None)
@@ -43,35 +41,18 @@ def config_from_keywords(keywords: dict[str, Any]) -> PretrainedConfig:  # value
             similar = difflib.get_close_matches(key, _fields(config_class), n=1)
             cure = f"you may mean {similar[0]}; else remove it" if similar else "remove it"
             raise ConfigError(f"model.config.{key}", value, f"is no keyword of {config_class.__name__}", cure)
-    refuse_what_no_stage_runs(config)
     return config
 
 
 def config_from_directory(directory: Path) -> PretrainedConfig:
-    """The configuration of a Hugging Face directory. Raises ModelError, also for what no stage can run."""
+    """The configuration of a Hugging Face directory. Raises ModelError if there is none."""
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} holds no config.json; give the path of a Hugging Face model directory")
+        raise ModelError(f"{directory} holds no config.json; {advice(directory)}")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{directory / 'config.json'} is no configuration that transformers takes: {error}") from error
-    refuse_what_no_stage_runs(config)
     return config
-
-
-def refuse_what_no_stage_runs(config: PretrainedConfig) -> None:
-    """Raise ModelError for encoder-decoders, multimodal models, and layers that carry state past a sequence's end."""
-    name = repr(config.model_type)
-    if config.is_encoder_decoder:
-        raise ModelError(f"model type {name} is an encoder-decoder; use a decoder-only model")
-    if config.get_text_config() is not config:
-        raise ModelError(f"model type {name} has more parts than a text model; use the type of its text part")
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
-    if others:
-        raise ModelError(
-            f"model type {name} has layers of kind {', '.join(others)}, which cannot keep packed sequences "
-            f"apart; use a model whose layers are all {', '.join(sorted(ATTENTION_KINDS))}"
-        )
 
 
 def _construct(config_class: type[PretrainedConfig], keywords: dict[str, Any]) -> PretrainedConfig:
@@ -109,10 +90,31 @@ def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: 
 
 def config_of(model: Model) -> PretrainedConfig:
     """The configuration of an experiment's model."""
-    return config_from_directory(model.path) if model.path is not None else config_from_keywords(model.config)
+    return (
+        config_from_directory(directory_of(model.path))
+        if model.path is not None
+        else config_from_keywords(model.config)
+    )
 
 
 def model_limits(model: Model) -> tuple[int, int]:
     """The most tokens that a sequence of this model may have (no limit: `sys.maxsize`), and the vocabulary's size."""
     config = config_of(model)
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize, config.vocab_size
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return min(context, rotary_limit(config) or sys.maxsize), config.vocab_size
+
+
+def rotary_limit(config: PretrainedConfig) -> int | None:
+    """The tokens of a sequence beyond which it would change the rotary embedding of the others in its row, if any.
+
+    Such embeddings (longrope, dynamic) scale with the longest sequence that transformers sees in a call.
+    """
+    described = getattr(config, "rope_parameters", None) or {}
+    kinds = [described, *(kind for kind in described.values() if isinstance(kind, dict))]  # one for all, or by layer
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif kind.get("rope_type") == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits, default=None)

@@ -22,7 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as hf_logging
 
 from ...api.errors import ModelError
@@ -80,6 +83,21 @@ def is_plain_causal(visible: Callable[..., Any]) -> bool:
     return visible is causal_mask_function
 
 
+def num_active_experts(config: PretrainedConfig) -> int | None:
+    """How many experts a token is sent to, if the configuration says so."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    found = [getattr(config, name, None) for name in names]
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
+
+
+def scalar_name(config: PretrainedConfig) -> str:
+    """The name of the class that holds a decoder of this type and a score: `Qwen3ForSequenceClassification`."""
+    known: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)  # a name, or several
+    if known is None:
+        return re.sub(r"(For\w+|LMHeadModel)$", "ForSequenceClassification", causal_lm_class(config).__name__)
+    return known if isinstance(known, str) else known[0]
+
+
 def pipeline_plan(decoder: PreTrainedModel) -> Sequence[str]:
     """Names of a decoder's children in the order of computation, as its author planned; empty without a plan."""
     return list(decoder.config.base_model_pp_plan or {})
@@ -97,8 +115,8 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedModel]:
-    """A class like `base` whose instances are pruned as soon as they are built, hence before anything is loaded."""
+def pruned_class(base: type[PreTrainedModel], prune: Prune, name: str) -> type[PreTrainedModel]:
+    """A class like `base`, of this name, whose instances are pruned as soon as they are built: before any loading."""
 
     # transformers gives no types for what it passes on
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -111,13 +129,15 @@ def pruned_class(base: type[PreTrainedModel], prune: Prune) -> type[PreTrainedMo
             raise ModelError(f"model type {config.model_type!r} {reason}") from error
         prune(self)
 
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+    return type(name, (base,), {"__init__": __init__, "__module__": base.__module__})
 
 
 def read_pruned(
-    directory: Path, config: PretrainedConfig, prune: Prune, attention: str, dtype: torch.dtype
+    directory: Path, config: PretrainedConfig, prune: Prune, attention: str | None, name: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load a pruned model on the CPU and tie it; reads only the tensors that are left after pruning.
+
+    `attention`: None for the author's choice; `name`: of its class, as it stands in a config.json.
 
     Returns the model and what is wrong with the checkpoint: one line for each tensor that is missing, misshapen, or of
     no stage.
@@ -129,7 +149,7 @@ def read_pruned(
         prune(model)
 
     loaded: Any = pruned_class(
-        causal_lm_class(config), note_and_prune
+        causal_lm_class(config), note_and_prune, name
     ).from_pretrained(  # its type depends on its arguments
         directory,
         config=config,
@@ -142,6 +162,8 @@ def read_pruned(
     )
     model, report = loaded
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    if name != causal_lm_class(config).__name__:
+        names.add("score.weight")  # a scalar head's, on another stage
     extra = set(report["unexpected_keys"]) - names
     faults += [f"{name} is of no use to the model" for name in sorted(extra) if not name.endswith(_COMPUTED)]
     for name, found, wanted in sorted(report["mismatched_keys"]):
@@ -149,11 +171,16 @@ def read_pruned(
     return model, faults
 
 
-def build_pruned(config: PretrainedConfig, prune: Prune, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A pruned model on the meta device: shapes and dtypes as after loading, no memory, nothing tied."""
+def build_pruned(
+    config: PretrainedConfig, prune: Prune, attention: str | None, name: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A pruned model on the meta device: shapes and dtypes as after loading, no memory, nothing tied.
+
+    `attention` and `name` as for `read_pruned`.
+    """
     config._attn_implementation = attention
     config.dtype = dtype
-    model_class = pruned_class(causal_lm_class(config), prune)
+    model_class = pruned_class(causal_lm_class(config), prune, name)
     with ExitStack() as stack:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...api.errors import ModelError
+from ...api.hub import directory_of
+from ...api.model_support import Packing, Way, support_table
 from . import attention, hf_compat, integrity, probe
 from .configs import config_from_directory, config_from_keywords
-from .cut import Absent, Cut, prune
-from .stage import Stage
+from .cut import Absent, Cut, prune, replace_head
+from .stage import Head, Stage
 
 Admit = Callable[[int], None]
 """Told a stage's number of parameters before any is read or drawn; raises if they are too many."""
@@ -36,26 +38,42 @@ def load_stage(
     num_stages: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    head: Head = Head.LANGUAGE,
+    seed: int = 0,
+    way: Way | None = None,
     admit: Admit | None = None,
 ) -> Stage:
-    """Read stage `index` of `num_stages` of the checkpoint in the directory `path`, in training mode.
+    """Read stage `index` of `num_stages` of a checkpoint, in training mode.
 
-    Only safetensors, and only this stage's tensors, are read; files are checked first (see `integrity`). Raises
-    ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or too many,
-    by name, and for models that no stage can run; ConfigError for more stages than layers.
+    `path` is a directory, or the name of a repository in this machine's Hugging Face cache. Only safetensors, and only
+    this stage's tensors, are read; files are checked first (see `integrity`). A scalar head that a checkpoint of a
+    language model lacks is drawn from `seed`. `way`: None for what the support table says of the model's type.
+
+    Raises ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or
+    too many, by name, and for models that no stage can run; ConfigError for more stages than layers.
+
+        load_stage(Path("Qwen/Qwen3-0.6B"), index=0, num_stages=2, device=cpu)
     """
     with hf_compat.quiet():
-        config = config_from_directory(path)
-        integrity.check(path, index, num_stages)
-        attention.register()
-        pruning = _Pruning(index, num_stages, admit)
+        directory = directory_of(path)
+        config = config_from_directory(directory)
+        integrity.check(directory, index, num_stages)
+        is_language_model = not any("ForSequenceClassification" in name for name in config.architectures or ())
+        pruning = _Pruning(config, index, num_stages, head, way, admit)
         try:
             with _blaming_the_cut(num_stages):
-                model, faults = hf_compat.read_pruned(path, config, pruning, attention.ATTENTION, dtype)
+                model, faults = hf_compat.read_pruned(
+                    directory, config, pruning, pruning.attention, pruning.name, dtype
+                )
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read as a safetensors checkpoint: {error}") from error
+            raise ModelError(f"{directory} cannot be read as a safetensors checkpoint: {error}") from error
+        if head is Head.SCALAR and is_language_model and _MISSING_SCORE in faults:
+            faults.remove(_MISSING_SCORE)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                _draw(model.get_submodule("score"), "score", model, seed)
         if faults:
-            raise ModelError(f"{path} does not fit its config.json: {'; '.join(faults)}")
+            raise ModelError(f"{directory} does not fit its config.json: {'; '.join(faults)}")
         _own_memory(model)
         return _finish(model, pruning, device)
 
@@ -67,37 +85,63 @@ def init_stage(
     num_stages: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    *,
+    head: Head = Head.LANGUAGE,
+    way: Way | None = None,
     admit: Admit | None = None,
 ) -> Stage:
     """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
 
     `config` holds keywords of transformers' configuration and its "model_type". Weights are those that the model's
-    author intends, from a generator that is seeded for every module by `seed` and the module's name. Raises ConfigError
-    on `model.config.<key>`; ModelError for models that no stage can run or that leave a tensor unset.
+    author intends, from a generator that is seeded for every module by `seed` and the module's name. `way`: None for
+    what the support table says of the model's type. Raises ConfigError on `model.config.<key>`; ModelError for models
+    that no stage can run or that leave a tensor unset.
 
         init_stage({"model_type": "qwen2", "hidden_size": 64, ...}, seed=1, index=0, num_stages=2, device=cpu)
     """
     with hf_compat.quiet():
-        attention.register()
-        pruning = _Pruning(index, num_stages, admit)
         described = config_from_keywords(config)
-        model = hf_compat.build_pruned(described, pruning, attention.ATTENTION, dtype)
+        pruning = _Pruning(described, index, num_stages, head, way, admit)
+        model = hf_compat.build_pruned(described, pruning, pruning.attention, pruning.name, dtype)
         with _blaming_the_cut(num_stages):
             _initialise(model, seed)
         return _finish(model, pruning, device)
 
 
-class _Pruning:
-    """Prunes the one model that it is called with and keeps how."""
+_MISSING_SCORE = "score.weight is missing"
 
-    def __init__(self, index: int, num_stages: int, admit: Admit | None) -> None:
-        self.index, self.num_stages, self._admit = index, num_stages, admit
+
+class _Pruning:
+    """Prunes the one model that it is called with, which is to be built from `config`, and keeps how."""
+
+    def __init__(
+        self, config: PretrainedConfig, index: int, num_stages: int, head: Head, way: Way | None, admit: Admit | None
+    ) -> None:
+        self.index, self.num_stages, self.head, self._admit = index, num_stages, head, admit
+        self.way = _measured_way(config, num_stages) if way is None else way
+        self.attention = attention.ATTENTION if self.way.packing is Packing.ROW else None
+        self.name = hf_compat.causal_lm_class(config).__name__
         self.cut: Cut | None = None
+        attention.register()
+        if head is Head.SCALAR:
+            config.num_labels = 1
+            self.name = hf_compat.scalar_name(config)
 
     def __call__(self, model: PreTrainedModel) -> None:
-        self.cut = prune(model, self.index, self.num_stages)
+        if self.head is Head.SCALAR:
+            replace_head(model)
+        self.cut = prune(model, self.index, self.num_stages, self.way.embeds_everywhere)
         if self._admit is not None:
             self._admit(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _measured_way(config: PretrainedConfig, num_stages: int) -> Way:
+    """How the support table says that a model runs. Raises ModelError if it says that it does not."""
+    support = support_table().of(config.model_type)
+    if refusal := support.refusal(config.to_dict(), num_stages):
+        raise ModelError("; ".join(refusal))
+    assert support.way is not None, "a type that does not run is refused"
+    return support.way
 
 
 @contextmanager
@@ -118,7 +162,7 @@ def _finish(model: PreTrainedModel, pruning: _Pruning, device: torch.device) -> 
     cut = pruning.cut
     if cut.has_tied_embedding and pruning.index == pruning.num_stages - 1:
         _check_tie(model)
-    stage = Stage(model, cut, pruning.index, pruning.num_stages).to(device)
+    stage = Stage(model, cut, pruning.index, pruning.num_stages, pruning.way.packing, pruning.head).to(device)
     stage.train()
     probe.check(stage)
     return stage

@@ -13,32 +13,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...api.errors import ModelError
+from ...api.model_support import Packing
 from .attention import PackedBatch, PackedPass, packed
-from .cut import Cut, balanced_split
+from .configs import rotary_limit
+from .cut import Cut
 from .products import HALF, float32_products
 
-__all__ = ["Stage", "balanced_split"]
+
+class Head(StrEnum):
+    """What a model ends in."""
+
+    LANGUAGE = "language"
+    """Its own head, over the vocabulary."""
+    SCALAR = "scalar"
+    """`score`, one number a token: for reward models and critics."""
 
 
 class Stage(nn.Module):
-    """Layers `balanced_split(num_layers, num_stages)[index]` of a model, with what its author put before the first and
-    after the last. Made by `loading.load_stage` and `loading.init_stage`.
+    """Some layers of a model, as `cut.balanced_split` has them, with what its author put before the first and after the
+    last. Made by `loading.load_stage` and `loading.init_stage`.
 
         hidden = stages[0](ids, batch)                          # [1, T, H]
         hidden = stages[1](ids, batch, hidden)
         logits = stages[1].logits(hidden[:, wanted])            # [1, n, V]
 
-    Attributes: `index` of `num_stages`; `is_first`, `is_last`; `hidden_size` (H, what one stage sends to the next);
-    `config`, the whole model's; `model`, the pruned one.
+    Attributes: `index` of `num_stages`; `is_first`, `is_last`; `head`, `packing`; `hidden_size` (H, what one stage
+    sends to the next); `config`, the whole model's; `model`, the pruned one.
     """
 
-    def __init__(self, model: PreTrainedModel, cut: Cut, index: int, num_stages: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cut: Cut,
+        index: int,
+        num_stages: int,
+        packing: Packing = Packing.ROW,
+        head: Head = Head.LANGUAGE,
+    ) -> None:
         super().__init__()
+        self.packing, self.head = packing, head
         self.index: int = index
         self.num_stages: int = num_stages
         self.is_first: bool = index == 0
@@ -47,6 +68,7 @@ class Stage(nn.Module):
         self.config: PretrainedConfig = model.config
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.cut = cut
+        self.rotary_limit = rotary_limit(model.config)
 
     @property
     def tied_embedding(self) -> nn.Parameter | None:
@@ -98,15 +120,42 @@ class Stage(nn.Module):
         assert ids.shape == (1, current.batch.num_tokens), (
             f"ids {list(ids.shape)} for a batch of {current.batch.num_tokens} tokens"
         )
+        if self.packing is Packing.ALONE:
+            return self._run_alone(ids, current, hidden)
+        limit = self.rotary_limit
+        if limit is not None and len(current.batch.seqlens) > 1 and current.batch.longest > limit:
+            raise ModelError(
+                f"a sequence of {current.batch.longest} tokens in a row with others: beyond {limit} it would change "
+                "the rotary embedding of all; give it a microbatch of its own, or shorten it"
+            )
+        return self._run(ids, current, hidden, current.batch.model_kwargs())
+
+    def _run_alone(self, ids: Tensor, current: PackedPass, hidden: Tensor | None) -> Tensor:
+        """One call of the model for each sequence, which then needs to keep nothing apart."""
+        if current.cache is not None:
+            raise ModelError(
+                f"model type {self.config.model_type!r} runs one sequence a call and has no cached decode, so it "
+                "cannot generate; train it, or use another type"
+            )
+        lengths = current.batch.seqlens
+        parts: list[Tensor | None] = [None] * len(lengths) if hidden is None else list(hidden.split(lengths, 1))
+        outs = []
+        for tokens, part in zip(ids.split(lengths, 1), parts, strict=True):
+            alone = PackedPass(PackedBatch((tokens.shape[1],), ids.device))
+            outs.append(self._run(tokens, alone, part, {"use_cache": False}))
+        return torch.cat(outs, 1)
+
+    def _run(self, ids: Tensor, current: PackedPass, hidden: Tensor | None, keywords: dict[str, Any]) -> Tensor:
         inlet, outlet = self.cut.inlet, self.cut.outlet
         if inlet is not None:
             inlet.received = hidden
         try:
             with packed(current):
-                out = self.cut.decoder(input_ids=ids, **current.batch.model_kwargs())
+                out = self.cut.decoder(input_ids=ids, **keywords)
             if outlet is None:
                 return out[0]
-            assert outlet.captured is not None, f"stage {self.index}: the decoder did not reach the end of its layers"
+            if outlet.captured is None:
+                raise RuntimeError("its layers give no hidden states")  # of foreign code; the probe says which
             return outlet.captured
         finally:  # let go of what autograd does not need
             if inlet is not None:
@@ -120,8 +169,20 @@ class Stage(nn.Module):
         hidden [1, n, H] -> [1, n, V], float32 in models of half precision, too.
         """
         assert self.is_last, f"stage {self.index} of {self.num_stages} has no head"
+        assert self.head is Head.LANGUAGE, "a model with a scalar head gives values"
         with self._decoder_gives(hidden), float32_products() if hidden.dtype in HALF else nullcontext():
             return self.model(inputs_embeds=hidden, use_cache=False).logits
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """One number for each of the last stage's outputs: a reward, or a critic's value.
+
+        hidden [1, n, H] -> [1, n].
+        """
+        assert self.is_last, f"stage {self.index} of {self.num_stages} has no head"
+        assert self.head is Head.SCALAR, "a language model gives logits"
+        score = self.model.get_submodule("score")
+        values: Tensor = score(hidden)
+        return values[..., 0]
 
     @contextmanager
     def _decoder_gives(self, hidden: Tensor) -> Iterator[None]:

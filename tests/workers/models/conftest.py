@@ -43,7 +43,8 @@ class Whole:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    marks = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    chosen = {name for names in marks for name in ([names] if isinstance(names, str) else names)}
     for name, values in (("model_type", MODEL_TYPES), ("num_stages", [1, 2, 3])):
         if name in metafunc.fixturenames and name not in chosen:
             metafunc.parametrize(name, values)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,25 @@ def test_loading_and_initialising_are_silent(whole, config, capfd):
     load_stage(whole.directory, 0, 2, CPU)
     init_stage(config, 1, 0, 2, CPU)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_repository_in_the_cache_is_read_by_its_name(qwen2, write_checkpoint, tmp_path, monkeypatch):
+    """A snapshot of several files, as `hf download` leaves it: links to blobs."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    written = [init_stage(qwen2, 7, index, 3, CPU) for index in range(3)]
+    blobs, snapshot = tmp_path / "models--some--model" / "blobs", tmp_path / "models--some--model" / "snapshots" / "abc"
+    write_checkpoint(written, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    wanted = {name: p for stage in written for name, p in stage.model.named_parameters()}
+    for index in range(2):
+        for name, parameter in load_stage(Path("some/model"), index, 2, CPU).model.named_parameters():
+            assert torch.equal(parameter, wanted[name]), name
+    with pytest.raises(ModelError, match=r"some/other holds no config\.json; .*`hf download some/other` fetches it"):
+        load_stage(Path("some/other"), 0, 1, CPU)
 
 
 def test_overwriting_the_file_does_not_change_a_loaded_stage(llama_copy):

@@ -1,8 +1,10 @@
-"""What is refused, by name and before any work: configurations, hybrids, and stages that the probe finds leaking."""
+"""What is refused, by name and before any work: configurations, model types, stages that the probe finds leaking."""
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from trainmaster.api.errors import ConfigError, ModelError
+from trainmaster.api.model_support import Packing, Way
 from trainmaster.workers.models import probe
 from trainmaster.workers.models.loading import init_stage
 
@@ -38,12 +40,11 @@ def test_keywords_that_transformers_translates_are_known(qwen2):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "mamba2", "num_hidden_layers": 2}, "'mamba2' has layers of kind linear_attention"),
-        ({"model_type": "lfm2", "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "'lfm2'.*conv"),
-        ({"model_type": "t5"}, "'t5' is an encoder-decoder"),
-        ({"model_type": "gemma3"}, "'gemma3' has more parts than a text model"),
-        ({"model_type": "clip_text_model"}, "'clip_text_model' has no causal language model"),
-        ({"model_type": "gptj", "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "'gptj' takes no attention"),
+        ({"model_type": "t5"}, "'t5' is no causal language model"),
+        ({"model_type": "bart"}, "'bart' is an encoder-decoder; use another type"),
+        ({"model_type": "gemma3"}, r"'gemma3' has more parts than a language model of text \(gemma3_text is that\)"),
+        ({"model_type": "clip_text_model"}, "'clip_text_model' is no causal language model"),
+        ({"model_type": "falcon", "alibi": True}, "'falcon' with alibi = True has wrong outputs.*; set alibi to False"),
     ],
 )
 def test_model_types(config, says):
@@ -51,13 +52,47 @@ def test_model_types(config, says):
         init(config)
 
 
-def test_a_model_whose_attention_alters_the_mask():
-    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
-    with pytest.raises(ModelError, match="'bloom' cannot run as stage 0 of 1"):
-        init(config)
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "hrm_text"])
+def test_a_type_that_cannot_be_cut_is_refused_on_two_stages(model_type):
+    with pytest.raises(ModelError, match=f"'{model_type}' .*so it cannot be cut; set layout.pp and chunks to 1"):
+        init(tiny_config(model_type), num_stages=2)
+    init(tiny_config(model_type))
 
 
-def test_a_model_whose_layers_read_embeddings_is_cut_nowhere():
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("gptj", "'gptj' takes no attention but its own"),
+        ("bloom", "'bloom' computes with its attention mask"),
+        ("mamba2", "'mamba2' has layers that do not attend through transformers' attention interface"),
+        ("falcon_h1", "'falcon_h1' carries state from one packed sequence into the next"),
+        ("inkling_text", "adds a position bias to its scores"),
+    ],
+)
+def test_the_probe_refuses_rows_where_the_table_would_be_wrong(model_type, says):
+    with pytest.raises(ModelError, match=says):
+        init_stage(tiny_config(model_type), 1, 0, 1, CPU, way=Way(Packing.ROW))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("xlm", "is not causal"),
+        ("cpmant", "holds tokens in another order than one row after another"),
+        ("xlnet", "holds tokens in another order than one row after another"),
+    ],
+)
+def test_the_probe_refuses_what_is_not_causal(model_type, says):
+    with pytest.raises(ModelError, match=f"'{model_type}' {says}"):
+        init_stage(tiny_config(model_type), 1, 0, 1, CPU, way=Way(Packing.ALONE))
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_not_cut():
+    with pytest.raises(ModelError, match="'zaya' has layers that hand on more than hidden states"):
+        init_stage(tiny_config("zaya"), 1, 0, 2, CPU, way=Way(Packing.ALONE))
+
+
+def test_layers_that_read_embeddings_need_them_on_every_stage():
     config = {
         "model_type": "gemma4_text",
         "vocab_size": 64,
@@ -72,9 +107,11 @@ def test_a_model_whose_layers_read_embeddings_is_cut_nowhere():
         "global_head_dim": 8,
         "num_kv_shared_layers": 0,
     }
-    init(config)
     with pytest.raises(ModelError, match=r"needs model\.embed_tokens on stage 1 of 3.*set model\.layout\.pp to 1"):
-        init(config, num_stages=3, index=1)
+        init_stage(config, 1, 1, 3, CPU, way=Way())
+    stage = init(config, num_stages=3, index=1)
+    assert {name for name, _ in stage.replicated} >= {"model.embed_tokens.weight"}
+    assert stage.tied_embedding is None
 
 
 def mix_neighbours(_module, args):
@@ -103,11 +140,28 @@ def test_probe_finds_layers_without_our_attention(qwen2):
         probe.check(stage)
 
 
-def test_probe_finds_layers_that_give_tuples(qwen2):
-    stage = init(qwen2)
-    stage.cut.layers[3].register_forward_hook(lambda _module, _args, out: torch.nn.Parameter(out.detach()))
-    with pytest.raises(ModelError, match="layers that give Parameter, not a tensor"):
+class Labelled(torch.Tensor):
+    """What no stage sends."""
+
+
+@pytest.mark.parametrize(
+    ("gives", "says"),
+    [
+        (lambda out: out.as_subclass(Labelled), "has layers that give Labelled, not a tensor"),
+        (lambda out: (out, None, None, None), "cannot run as stage 0 of 2"),
+    ],
+)
+def test_probe_finds_layers_that_give_other_things(qwen2, gives, says):
+    stage = init(qwen2, num_stages=2)
+    stage.cut.layers[1].register_forward_hook(lambda _module, _args, out: gives(out))
+    with pytest.raises(ModelError, match=says):
         probe.check(stage)
+
+
+def test_stand_ins_give_what_the_layers_give():
+    stages = [init(tiny_config("bloom"), num_stages=3, index=index) for index in range(3)]
+    for stage in stages:
+        assert {stand_in.tuple_size for stand_in in stage.cut.stand_ins} == {2}
 
 
 def test_probe_leaves_no_trace(qwen2):

@@ -1,13 +1,24 @@
 """Stages of every kind of model against transformers' whole model, one sequence at a time."""
 
 import copy
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from trainmaster.api.errors import ConfigError
-from trainmaster.workers.models.attention import PackedBatch
+from hypothesis import given
+from hypothesis import strategies as st
+from model_checks import make_reference
+from tiny_models import tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+from trainmaster.api.config import Model
+from trainmaster.api.errors import ConfigError, ModelError
+from trainmaster.workers.models import hf_compat
+from trainmaster.workers.models.attention import PackedBatch, PackedPass
+from trainmaster.workers.models.cache import KVCache
+from trainmaster.workers.models.configs import model_limits
+from trainmaster.workers.models.cut import balanced_split, layer_costs
 from trainmaster.workers.models.loading import init_stage, load_stage
-from trainmaster.workers.models.stage import balanced_split
 
 CPU = torch.device("cpu")
 MICROBATCHES = ((5, 17, 1, 23), (12, 9))
@@ -112,13 +123,55 @@ def test_a_copied_stage_is_independent(qwen2, run_stages):
     assert not run_stages([twin], ids, (4, 5)).any()
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "qwen3_moe", "deepseek_v3"])
+def test_layers_are_cut_by_what_a_token_costs(config):
+    """The head of a large vocabulary takes the place of layers; experts that a token is not sent to cost nothing."""
+    large = init_stage({**config, "vocab_size": 640}, 1, 0, 2, CPU)
+    assert len(large.cut.layers) == 3
+    assert len(init_stage(config, 1, 0, 2, CPU).cut.layers) == 2
+    whole = init_stage({**config, "vocab_size": 640}, 1, 0, 1, CPU)
+    with FlopCounterMode(display=False) as counter:
+        hidden = whole(torch.arange(16)[None] + 3, PackedBatch((16,), CPU))
+        in_layers = counter.get_total_flops()
+        whole.logits(hidden)
+    *layers, head = layer_costs(whole.cut.layers, [whole.model.lm_head], hf_compat.num_active_experts(whole.config))
+    assert counter.get_total_flops() - in_layers == 2 * 16 * head
+    if "moe" not in whole.config.model_type and "deepseek" not in whole.config.model_type:
+        assert in_layers == 2 * 16 * sum(layers)  # the counter knows neither grouped experts nor attention on the CPU
+
+
+def test_experts_count_as_far_as_a_token_is_sent_to_them():
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Parameter(torch.zeros(8, 3, 5))
+    layer.norm = torch.nn.Parameter(torch.zeros(7))
+    layer.gate = torch.nn.Linear(3, 8)
+    assert layer_costs([layer], [layer.gate], 2) == [2 * 15 + 24, 24]
+    assert layer_costs([layer], [], None) == [8 * 15 + 24, 0]
+    assert layer_costs([layer], [], 20) == [8 * 15 + 24, 0]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 12), st.data())
+def test_no_split_has_a_cheaper_costliest_stage(costs, head_cost, data):
+    num_stages = data.draw(st.integers(1, len(costs)))
+
+    def stage_costs(bounds):
+        sums = [sum(costs[lo:hi]) for lo, hi in pairwise(bounds)]
+        return [*sums[:-1], sums[-1] + head_cost]
+
+    ranges = balanced_split(costs, num_stages, head_cost)
+    chosen = [0, *(hi for _, hi in ranges)]
+    assert [layer for lo, hi in ranges for layer in range(lo, hi)] == list(range(len(costs)))
+    assert len(ranges) == num_stages
+    assert all(lo < hi for lo, hi in ranges)
+    every = [(0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), num_stages - 1)]
+    keys = {bounds: (max(stage_costs(bounds)), sum(cost**2 for cost in stage_costs(bounds))) for bounds in every}
+    assert keys[tuple(chosen)] == min(keys.values())
+
+
 @pytest.mark.parametrize("num_layers", range(1, 12))
-def test_split_is_balanced_and_complete(num_layers):
+def test_layers_of_one_cost_are_cut_evenly_longer_stages_first(num_layers):
     for num_stages in range(1, num_layers + 1):
-        ranges = balanced_split(num_layers, num_stages)
-        assert [layer for lo, hi in ranges for layer in range(lo, hi)] == list(range(num_layers))
-        sizes = [hi - lo for lo, hi in ranges]
-        assert len(sizes) == num_stages
+        sizes = [hi - lo for lo, hi in balanced_split([3] * num_layers, num_stages)]
         assert sizes == sorted(sizes, reverse=True)
         assert sizes[0] - sizes[-1] <= 1
 
@@ -126,4 +179,36 @@ def test_split_is_balanced_and_complete(num_layers):
 @pytest.mark.parametrize("num_stages", [0, 5])
 def test_split_refuses_stages_without_layers(num_stages):
     with pytest.raises(ConfigError, match=rf"model\.layout\.pp = {num_stages}: .*4 layers"):
-        balanced_split(4, num_stages)
+        balanced_split([1] * 4, num_stages)
+
+
+def test_a_long_sequence_changes_the_rotary_embedding_of_no_other():
+    """transformers scales this embedding with the longest sequence of a call."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = {"model_type": "phi3", "vocab_size": 64, "pad_token_id": 0, "max_position_embeddings": 32, **sizes}
+    config["original_max_position_embeddings"] = 8
+    stage = init_stage({**config, "rope_parameters": rope}, 1, 0, 1, CPU)
+    ids = torch.arange(20)[None] + 3
+    alone = stage(ids[:, :5], PackedBatch((5,), CPU))
+    assert_close(stage(ids[:, :13], PackedBatch((5, 8), CPU))[:, :5], alone, 1e-6)
+    assert stage(ids, PackedBatch((20,), CPU)).shape == (1, 20, 32)
+    with pytest.raises(ModelError, match="a sequence of 15 tokens in a row with others: beyond 8"):
+        stage(ids, PackedBatch((5, 15), CPU))
+    limits = model_limits(Model(config={**config, "rope_parameters": rope}, tokenizer=Path("none")))
+    assert limits == (8, 64)
+
+
+def test_one_sequence_a_call_equals_the_whole_model(tmp_path):
+    """A hybrid of convolutions and attention, in microbatches of several sequences, and over stages."""
+    reference = make_reference(tiny_config("lfm2"), tmp_path)
+    for num_stages in (1, 2):
+        stages = [load_stage(tmp_path, index, num_stages, CPU) for index in range(num_stages)]
+        for each in reference.microbatches:
+            hidden, batch = None, PackedBatch(each.lengths, CPU)
+            for stage in stages:
+                hidden = stage(each.row, batch, hidden)
+            assert_close(stages[-1].logits(hidden), each.logits)
+    with pytest.raises(ModelError, match="'lfm2' runs one sequence a call and has no cached decode"):
+        stages[0].run(each.row, PackedPass.prefill(KVCache(2, 16), each.lengths, CPU))

@@ -53,6 +53,7 @@ class ShardOptimizer:
         for name, parameter in named:
             index = next((at for at, pattern in enumerate(patterns) if pattern.search(name)), None)
             members.setdefault((index, parameter.ndim >= 2), []).append(self.masters[parameter])
+        members = members or {(None, True): []}  # a stage may have nothing to train, and AdamW wants a group
         self.groups_used = tuple(sorted({index for index, _ in members if index is not None}))
         is_fused = all(parameter.device.type in _FUSED for parameter in self.masters.values())
         self.adamw = torch.optim.AdamW(

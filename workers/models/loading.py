@@ -26,8 +26,8 @@ from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune
 from .stage import Stage
 
-Admit = Callable[[int], None]
-"""Told a stage's number of parameters before any is read or drawn; raises if they are too many."""
+Watch = Callable[[PreTrainedModel], None]
+"""Shown a model on the meta device, before any of it is read or drawn; raises if it is not as wanted."""
 
 
 def load_stage(
@@ -36,19 +36,21 @@ def load_stage(
     num_stages: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    admit: Admit | None = None,
+    survey: Watch | None = None,
+    admit: Watch | None = None,
 ) -> Stage:
     """Read stage `index` of `num_stages` of the checkpoint in the directory `path`, in training mode.
 
-    Only safetensors, and only this stage's tensors, are read; files are checked first (see `integrity`). Raises
-    ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or too many,
-    by name, and for models that no stage can run; ConfigError for more stages than layers.
+    Only safetensors, and only this stage's tensors, are read; files are checked first (see `integrity`). `survey` is
+    shown the whole model, `admit` the stage's. Raises ModelError for a directory that is no checkpoint or is damaged,
+    for tensors that are missing, misshapen or too many, by name, and for models that no stage can run; ConfigError for
+    more stages than layers.
     """
     with hf_compat.quiet():
         config = config_from_directory(path)
         integrity.check(path, index, num_stages)
         attention.register()
-        pruning = _Pruning(index, num_stages, admit)
+        pruning = _Pruning(index, num_stages, survey, admit)
         try:
             with _blaming_the_cut(num_stages):
                 model, faults = hf_compat.read_pruned(path, config, pruning, attention.ATTENTION, dtype)
@@ -67,11 +69,13 @@ def init_stage(
     num_stages: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    admit: Admit | None = None,
+    survey: Watch | None = None,
+    admit: Watch | None = None,
 ) -> Stage:
     """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
 
-    `config` holds keywords of transformers' configuration and its "model_type". Weights are those that the model's
+    `survey` is shown the whole model, `admit` the stage's. `config` holds keywords of transformers' configuration and
+    its "model_type". Weights are those that the model's
     author intends, from a generator that is seeded for every module by `seed` and the module's name. Raises ConfigError
     on `model.config.<key>`; ModelError for models that no stage can run or that leave a tensor unset.
 
@@ -79,7 +83,7 @@ def init_stage(
     """
     with hf_compat.quiet():
         attention.register()
-        pruning = _Pruning(index, num_stages, admit)
+        pruning = _Pruning(index, num_stages, survey, admit)
         described = config_from_keywords(config)
         model = hf_compat.build_pruned(described, pruning, attention.ATTENTION, dtype)
         with _blaming_the_cut(num_stages):
@@ -90,14 +94,16 @@ def init_stage(
 class _Pruning:
     """Prunes the one model that it is called with and keeps how."""
 
-    def __init__(self, index: int, num_stages: int, admit: Admit | None) -> None:
-        self.index, self.num_stages, self._admit = index, num_stages, admit
+    def __init__(self, index: int, num_stages: int, survey: Watch | None, admit: Watch | None) -> None:
+        self.index, self.num_stages, self._survey, self._admit = index, num_stages, survey, admit
         self.cut: Cut | None = None
 
     def __call__(self, model: PreTrainedModel) -> None:
+        if self._survey is not None:
+            self._survey(model)
         self.cut = prune(model, self.index, self.num_stages)
         if self._admit is not None:
-            self._admit(sum(parameter.numel() for parameter in model.parameters()))
+            self._admit(model)
 
 
 @contextmanager

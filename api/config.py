@@ -133,7 +133,7 @@ ALL_LINEAR = "all-linear"
 
 @record
 class LoRA:
-    """Low-rank adapters (arXiv 2106.09685) beside linear modules, `W x + lora_alpha / r * B A x`: only A and B are trained.
+    """Low-rank adapters (arXiv 2106.09685) beside linear modules, `W x + lora_alpha / r * B A x`: A and B are trained.
 
     Names are those of peft's `LoraConfig`, and a checkpoint is a directory of peft's: see docs/training.md.
     """
@@ -188,9 +188,9 @@ class Model:
     layout: Layout = field(default_factory=Layout)
     """How the model is cut over workers."""
     trainable: tuple[str, ...] = ()
-    """Regular expressions that are found in names of parameters, such as `layers\\.3[01]\\.` or `norm`: these parameters
-    are trained, and all others stay as they are. By default all are trained. One that is found in no name is an
-    error."""
+    """Regular expressions that are found in names of parameters, such as `layers\\.3[01]\\.` or `norm`: these
+    parameters are trained, and all others stay as they are. By default all are trained. One that is found in no name is
+    an error."""
     lora: LoRA | None = None
     """Train adapters, and nothing of the model itself."""
 

@@ -133,4 +133,5 @@ def clip(parameters: Sequence[nn.Parameter], norm: float, max_norm: float | None
     if max_norm is None or norm <= max_norm:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+    if gradients:  # a stage may have none
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))

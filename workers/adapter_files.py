@@ -59,7 +59,7 @@ def write_adapter_config(adapters: Adapters, base: Path | None, directory: Path)
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
         "use_rslora": lora.use_rslora,
-        "target_modules": lora.target_modules,
+        "target_modules": adapters.target_modules,
         "fan_in_fan_out": adapters.fan_in_fan_out,
         "bias": "none",
         "inference_mode": True,

@@ -47,8 +47,8 @@ def is_adapter(name: str) -> bool:
 class Adapters:
     """The adapters of one shard, over all of its stages. `find`, then `attach` for each stage.
 
-    `targets`: names of modules of the whole model that have one; `fan_in_fan_out`: whether these keep their matrices as
-    `[in, out]` (peft's word).
+    `targets`: names of modules of the whole model that have one; `target_modules`: what finds the same for peft;
+    `fan_in_fan_out`: whether these keep their matrices as `[in, out]` (peft's word).
     """
 
     def __init__(self, lora: LoRA, field: str, seed: int) -> None:
@@ -56,6 +56,7 @@ class Adapters:
         self.lora, self._field, self._seed = lora, field, seed
         self._are_on = True
         self.targets: frozenset[str] = frozenset()
+        self.target_modules = lora.target_modules
         self.fan_in_fan_out = False
 
     def find(self, model: PreTrainedModel) -> None:
@@ -65,7 +66,7 @@ class Adapters:
         tied = hf_compat.tied_names(model)
         for name in sorted(self.targets):
             kind = type(modules[name]).__name__
-            if not isinstance(modules[name], nn.Linear | Conv1D):
+            if not _is_linear(modules[name]):
                 raise self._refusal(name, f"is a {kind}, and adapters are for linear modules", "name others")
             if f"{name}.weight" in tied:
                 rule = "is tied to the embedding, which an adapter would part it from"
@@ -74,6 +75,10 @@ class Adapters:
         if len(kinds) > 1:
             raise self._refusal("both Linear and Conv1D", "peft's format has one kind in a model", "name those of one")
         self.fan_in_fan_out = True in kinds
+        if self.lora.target_modules == ALL_LINEAR:  # peft's also takes modules that make more of a linear one
+            ends = {name.rpartition(".")[2] for name in self.targets}
+            alike = {name for name in modules if any(_is_called(name, end) for end in ends)}
+            self.target_modules = tuple(sorted(ends if alike == self.targets else self.targets))
 
     def shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]:
         """Of adapters, by their names, for those targets that a model holds: it may be on the meta device."""
@@ -132,7 +137,7 @@ class Adapters:
     def _held(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Targets that a model holds; what another stage owns is no linear module here."""
         for name, module in model.named_modules():
-            if name in self.targets and isinstance(module, nn.Linear | Conv1D):
+            if name in self.targets and _is_linear(module):
                 yield name, module
 
     def _start(self, name: str, shape: tuple[int, int]) -> Tensor:
@@ -148,9 +153,7 @@ class Adapters:
         wanted = self.lora.target_modules
         if wanted == ALL_LINEAR:
             head = model.get_output_embeddings()
-            found = [
-                name for name, each in modules.items() if isinstance(each, nn.Linear | Conv1D) and each is not head
-            ]
+            found = [name for name, each in modules.items() if _is_linear(each) and each is not head]
         elif isinstance(wanted, str):
             found = [name for name in modules if re.fullmatch(wanted, name)]
         else:
@@ -165,6 +168,11 @@ class Adapters:
     def _refusal(self, value: object, rule: str, cure: str) -> ConfigError:
         cure += " (names are those of the model's modules in transformers, such as model.layers.0.self_attn.q_proj)"
         return ConfigError(f"{self._field}.lora.target_modules", value, rule, cure)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """And computes no more than that: a router may be a linear module with a forward of its own."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def _is_called(name: str, wanted: str) -> bool:

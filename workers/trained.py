@@ -53,7 +53,8 @@ class Trained:
 
     def need(self, model: PreTrainedModel, dtype: torch.dtype) -> Need:
         """Of a stage's model, before it is there."""
-        named = list(model.named_parameters())
+        tied = hf_compat.tied_names(model)  # not yet one with the embedding
+        named = [pair for pair in model.named_parameters() if pair[0] not in tied]
         num_base = sum(parameter.numel() for _, parameter in named)
         if self.adapters is None:
             num_trained = sum(parameter.numel() for name, parameter in named if self._is_trained(name))

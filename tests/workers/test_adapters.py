@@ -259,7 +259,9 @@ def test_first_values_are_pefts_and_the_same_in_any_layout() -> None:
 def test_what_finds_no_module_or_none_that_fits_is_refused(config, targets, message: str) -> None:
     case = Case(layout=Layout(pp=4), config=config, lora=LoRA(target_modules=targets))
     message = message.replace("targets.*", "target_modules")
-    with pytest.raises(ConfigError, match=r"model\.lora\.target_modules = " if "=" not in message else message) as error:
+    with pytest.raises(
+        ConfigError, match=r"model\.lora\.target_modules = " if "=" not in message else message
+    ) as error:
         lone(case)
     assert error.match(message)
 

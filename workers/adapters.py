@@ -162,7 +162,8 @@ class Adapters:
                 if not any(_is_called(name, each) for name in found):
                     raise self._refusal(each, "no module of the model has this name", "correct it, or leave it out")
         if not found:
-            raise self._refusal(wanted, "no module of the model has such a name", "correct it")
+            cure = "correct it: one text is a pattern for the whole name; of several names, each may be its end"
+            raise self._refusal(wanted, "no module of the model has such a name", cure)
         return found
 
     def _refusal(self, value: object, rule: str, cure: str) -> ConfigError:

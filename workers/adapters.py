@@ -37,6 +37,12 @@ from ..api.errors import ConfigError
 from .models import hf_compat
 
 A, B = "lora_A", "lora_B"
+_TAKEN_FOR_EXPERTS: Mapping[str | None, frozenset[str]] = {
+    "mixtral": frozenset(("gate", "w1", "w2", "w3")),
+    "qwen2_moe": frozenset(("gate", "gate_proj", "up_proj", "down_proj")),
+}
+"""By the type that a model is converted like: ends of names that peft (0.21, `_MOE_TARGET_MODULE_MAPPING`) reads as
+those of experts, which are fused now, wherever they stand: in dense layers and in shared experts, too."""
 
 
 def is_adapter(name: str) -> bool:
@@ -68,6 +74,11 @@ class Adapters:
             kind = type(modules[name]).__name__
             if not _is_linear(modules[name]):
                 raise self._refusal(name, f"is a {kind}, and adapters are for linear modules", "name others")
+            if name.rpartition(".")[2] in _experts(model):
+                rule = (
+                    "has a name that peft takes for an expert's in a model of this type: it could not read the adapter"
+                )
+                raise self._refusal(name, rule, "leave it out")
             if f"{name}.weight" in tied:
                 rule = "is tied to the embedding, which an adapter would part it from"
                 raise self._refusal(name, rule, "leave it out")
@@ -153,7 +164,11 @@ class Adapters:
         wanted = self.lora.target_modules
         if wanted == ALL_LINEAR:
             head = model.get_output_embeddings()
-            found = [name for name, each in modules.items() if _is_linear(each) and each is not head]
+            found = [
+                name
+                for name, each in modules.items()
+                if _is_linear(each) and each is not head and name.rpartition(".")[2] not in _experts(model)
+            ]
         elif isinstance(wanted, str):
             found = [name for name in modules if re.fullmatch(wanted, name)]
         else:
@@ -174,6 +189,10 @@ class Adapters:
 def _is_linear(module: nn.Module) -> bool:
     """And computes no more than that: a router may be a linear module with a forward of its own."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _experts(model: PreTrainedModel) -> frozenset[str]:
+    return _TAKEN_FOR_EXPERTS.get(hf_compat.conversion_type(model.config), frozenset())
 
 
 def _is_called(name: str, wanted: str) -> bool:

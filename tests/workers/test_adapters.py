@@ -266,6 +266,18 @@ def test_what_finds_no_module_or_none_that_fits_is_refused(config, targets, mess
     assert error.match(message)
 
 
+def test_modules_that_peft_would_take_for_experts_have_no_adapter() -> None:
+    config = {"model_type": "deepseek_v3", **CONFIGS["deepseek_v3"]}
+    shard = make_shard(Case(layout=Layout(), config=config, lora=LoRA()), 0, None)
+    ends = {name.rpartition(".")[2] for name in shard.adapters.targets}
+    assert "o_proj" in ends
+    assert not ends & {"gate", "gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(
+        ConfigError, match=r"'model\.layers\.0\.mlp\.up_proj': has a name that peft takes for an expert's"
+    ):
+        make_shard(Case(layout=Layout(), config=config, lora=LoRA(target_modules=("o_proj", "up_proj"))), 0, None)
+
+
 def test_a_stage_need_not_have_a_target() -> None:
     case = Case(layout=Layout(pp=4), lora=LoRA(target_modules=("layers.2.self_attn.q_proj",)))
     shards = lone(case)

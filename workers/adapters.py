@@ -75,9 +75,7 @@ class Adapters:
             if not _is_linear(modules[name]):
                 raise self._refusal(name, f"is a {kind}, and adapters are for linear modules", "name others")
             if name.rpartition(".")[2] in _experts(model):
-                rule = (
-                    "has a name that peft takes for an expert's in a model of this type: it could not read the adapter"
-                )
+                rule = "has a name that peft takes for an expert's in models of this type: it would misread the adapter"
                 raise self._refusal(name, rule, "leave it out")
             if f"{name}.weight" in tied:
                 rule = "is tied to the embedding, which an adapter would part it from"
@@ -104,7 +102,7 @@ class Adapters:
     def attach(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Put adapters beside the targets that a float32 model holds: with these values, or as they begin."""
         shapes = self.shapes(model)
-        for name, module in self._held(model):
+        for name, module in list(self._held(model)):
             for part in (A, B):
                 full_name = f"{name}.{part}.weight"
                 num_out, num_in = shapes[full_name]
@@ -141,8 +139,8 @@ class Adapters:
             return out
         if module.training and self.lora.lora_dropout:
             given = F.dropout(given, self.lora.lora_dropout)
-        low = module.get_submodule(A)(given)  # [..., r]
-        added: Tensor = module.get_submodule(B)(self.lora.scale * low)
+        low = module.get_submodule(A)(given)  # [..., r]; float32 in a head of half precision
+        added: Tensor = module.get_submodule(B)((self.lora.scale * low).to(given.dtype))
         return out + added
 
     def _held(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

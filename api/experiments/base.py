@@ -86,13 +86,8 @@ class CompiledExperiment:
 def _is_base(mine: PlacedModel, trained: PlacedModel) -> bool:
     """Whether both have the same weights on each worker, before any training."""
     one, other = mine.model, trained.model
-    same = (one.path, one.config, one.dtype, mine.first_rank) == (
-        other.path,
-        other.config,
-        other.dtype,
-        trained.first_rank,
-    )
-    return same and one.layout.is_cut_like(other.layout)
+    same_weights = (one.path, one.config, one.dtype) == (other.path, other.config, other.dtype)
+    return same_weights and mine.first_rank == trained.first_rank and one.layout.is_cut_like(other.layout)
 
 
 def check_run(run: RunOptions, num_workers: int, has_evaluation: bool, has_reward: bool) -> None:

@@ -192,14 +192,16 @@ def test_dropout_is_drawn_in_training_alone_and_again_by_a_recomputation() -> No
         shard = disturbed(replace(case, layout=Layout(recompute=recompute)))
         losses[recompute] = train(shard, case, range(3))
     assert losses[Recompute.NONE] == losses[Recompute.SELECTIVE] == losses[Recompute.FULL]
+    prompts, sampling = [[Prompt("d/0/0/0", torch.arange(3, 8))]], Sampling(max_new_tokens=6, temperature=0)
     plain = replace(case, lora=LoRA())
+    answers = [disturbed(each).generate(prompts, sampling, (1,))[0].logprobs for each in (case, plain)]
+    assert answers[0].equal(answers[1])
     assert train(disturbed(plain), plain, range(3)) != losses[Recompute.NONE]
     assert logits_of(disturbed(case)).equal(logits_of(disturbed(plain)))
 
 
-def test_in_half_precision_adapters_alone_have_masters() -> None:
-    case = replace(CASES["all-linear"], dtype=Precision.BFLOAT16)
-    exact, shard = make_shard(CASES["all-linear"], 0, None), make_shard(case, 0, None)
+def test_in_half_precision_adapters_alone_have_masters(case: Case) -> None:
+    exact, shard = make_shard(case, 0, None), make_shard(replace(case, dtype=Precision.BFLOAT16), 0, None)
     before = {name: each.detach().clone() for name, each in shard.stage.model.named_parameters()}
     losses, wanted = train(shard, case, range(4)), train(exact, case, range(4))
     assert losses == pytest.approx(wanted, rel=2e-2)

@@ -74,10 +74,10 @@ def init_stage(
 ) -> Stage:
     """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
 
-    `survey` is shown the whole model, `admit` the stage's. `config` holds keywords of transformers' configuration and
-    its "model_type". Weights are those that the model's
-    author intends, from a generator that is seeded for every module by `seed` and the module's name. Raises ConfigError
-    on `model.config.<key>`; ModelError for models that no stage can run or that leave a tensor unset.
+    `config` holds keywords of transformers' configuration and its "model_type". `survey` is shown the whole model,
+    `admit` the stage's. Weights are those that the model's author intends, from a generator that is seeded for every
+    module by `seed` and the module's name. Raises ConfigError on `model.config.<key>`; ModelError for models that no
+    stage can run or that leave a tensor unset.
 
         init_stage({"model_type": "qwen2", "hidden_size": 64, ...}, seed=1, index=0, num_stages=2, device=cpu)
     """

@@ -161,12 +161,9 @@ class Adapters:
         """Names of targets, at least one."""
         wanted = self.lora.target_modules
         if wanted == ALL_LINEAR:
-            head = model.get_output_embeddings()
-            found = [
-                name
-                for name, each in modules.items()
-                if _is_linear(each) and each is not head and name.rpartition(".")[2] not in _experts(model)
-            ]
+            decoder = set(hf_compat.decoder_of(model).modules())  # the model without its head
+            linear = [name for name, each in modules.items() if each in decoder and _is_linear(each)]
+            found = [name for name in linear if name.rpartition(".")[2] not in _experts(model)]
         elif isinstance(wanted, str):
             found = [name for name in modules if re.fullmatch(wanted, name)]
         else:

@@ -185,6 +185,8 @@ class Handlers:
         groups = self._context.groups[role] if role in self._context.groups else ShardGroups()
         owner = self._context.compiled.owner_of(role)
         shared = None if owner is None else self._shards[owner]
+        if shared is not None:
+            logger.info("%s takes no memory: its weights are those of %s, without adapters", role, owner)
         shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps, shared)
         self._shards[role] = shard
         num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())

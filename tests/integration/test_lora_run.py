@@ -40,6 +40,8 @@ def test_adapters_are_saved_as_pefts_and_gone_on_from_in_another_layout(workbenc
     assert done.returncode == 0, done.stderr
     first = workbench.series("train/kl", "first")
     assert abs(first[0]) < 1e-6 < first[1], "adapters begin with the reference"
+    log = (workbench.folder / "runs" / "first" / "logs" / "worker-1.log").read_text()
+    assert "reference takes no memory: its weights are those of actor" in log
     checkpoint = workbench.folder / "runs" / "first" / "checkpoints" / "step-2"
     files = {path.name for path in checkpoint.iterdir() if "token" not in path.name}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer"}

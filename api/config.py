@@ -6,13 +6,14 @@ records against each other; `system.preflight` checks them against the disk. Not
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from .errors import ConfigError
 from .record import record
@@ -110,6 +111,13 @@ class Layout:
         return all(getattr(self, axis) == getattr(other, axis) for axis in axes)
 
 
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(field, pattern, f"is no regular expression ({error})", "correct it") from None
+
+
 class Precision(StrEnum):
     """The type of a model's weights and activations."""
 
@@ -117,6 +125,48 @@ class Precision(StrEnum):
     """4 bytes."""
     BFLOAT16 = "bfloat16"
     """2 bytes, with the range of float32 and 8 bits of precision. Training keeps float32 weights beside."""
+
+
+ALL_LINEAR = "all-linear"
+"""In place of names of modules: every linear one, without the head."""
+
+
+@record
+class LoRA:
+    """Low-rank adapters (arXiv 2106.09685) beside linear modules, `W x + lora_alpha / r * B A x`: A and B are trained.
+
+    Names are those of peft's `LoraConfig`, and a checkpoint is a directory of peft's: see docs/training.md.
+    """
+
+    r: PositiveInt = 8
+    """The rank: A is `[r, in]`, B is `[out, r]`."""
+    lora_alpha: PositiveInt = 8
+    """What an adapter adds is multiplied by `lora_alpha / r`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training, the part of an adapter's inputs that is zeroed, at random."""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """Which modules get an adapter. Several names: each is a module's whole name, or the end of it after a dot
+    (`("q_proj", "v_proj")`). One text: a regular expression for the whole name. `all-linear`: every linear module but
+    the head. What finds no module in the model is an error."""
+    use_rslora: bool = False
+    """Multiply by `lora_alpha / sqrt(r)` instead (arXiv 2312.03732)."""
+    path: Path | None = None
+    """A directory of peft's, such as a checkpoint of an earlier run, to go on from, in any layout; the other fields
+    must be as they were there, but for `lora_dropout`. By default A is random, and B is zero."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            _check_pattern("LoRA.target_modules", self.target_modules)
+        elif not all(self.target_modules) or not self.target_modules:
+            rule = "no module has an empty name" if self.target_modules else "there is nothing to train"
+            raise ConfigError(
+                "LoRA.target_modules", self.target_modules, rule, f"name modules, or leave it {ALL_LINEAR}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Of what an adapter adds."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @record
@@ -137,8 +187,19 @@ class Model:
     gradients of weights and optimizer steps are float32 in both."""
     layout: Layout = field(default_factory=Layout)
     """How the model is cut over workers."""
+    trainable: tuple[str, ...] = ()
+    """Regular expressions that are found in names of parameters, such as `layers\\.3[01]\\.` or `norm`: these
+    parameters are trained, and all others stay as they are. By default all are trained. One that is found in no name is
+    an error."""
+    lora: LoRA | None = None
+    """Train adapters, and nothing of the model itself."""
 
     def __post_init__(self) -> None:
+        for index, pattern in enumerate(self.trainable):
+            _check_pattern(f"Model.trainable[{index}]", pattern)
+        if self.trainable and self.lora is not None:
+            rule = "with `lora`, adapters alone are trained"
+            raise ConfigError("Model.trainable", self.trainable, rule, "leave one of the two out")
         if (self.path is None) == (not self.config):
             raise ConfigError(
                 "Model.path",
@@ -194,11 +255,7 @@ class ParameterGroup:
     """Their weight decay, of matrices and all else alike; None: as of all others."""
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.parameters)
-        except re.error as error:
-            rule = f"is no regular expression ({error})"
-            raise ConfigError("ParameterGroup.parameters", self.parameters, rule, "correct it") from None
+        _check_pattern("ParameterGroup.parameters", self.parameters)
         if self.learning_rate is None and self.weight_decay is None:
             rule = "the group changes nothing"
             raise ConfigError(

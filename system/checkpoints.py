@@ -1,19 +1,22 @@
 """Publishing checkpoints: workers write their files aside, the master adds index and manifest, and renames.
 
     RUN/checkpoints/.step-40.partial/      while workers write
-    RUN/checkpoints/step-40/               an ordinary Hugging Face directory, complete
+    RUN/checkpoints/step-40/               an ordinary Hugging Face directory, or peft's of adapters, complete
 
 A directory without the dot is whole: it was synced to disk before it got its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..api.errors import RunError
 from .rpc.commands import ShardFile
+from .service.adapter import WEIGHTS, is_part, join
 from .service.files import sync
 from .service.manifest import INDEX, WrittenFile, write_manifest
 
@@ -40,6 +43,7 @@ class CheckpointFolder:
                     f"a worker wrote {file.file} for step {step}, but the master does not see it in {partial}: "
                     "run.directory must be on a disk that all hosts share"
                 )
+        written = _with_whole_adapter(partial, written)
         weights = [file for file in written if file.tensors]
         if len(weights) > 1:
             index = {
@@ -59,3 +63,18 @@ class CheckpointFolder:
         partial.rename(final)
         sync(self._folder)
         return final
+
+
+def _with_whole_adapter(directory: Path, written: Sequence[ShardFile]) -> list[ShardFile]:
+    """With one file in place of the parts of an adapter, if there are any."""
+    parts = [file for file in written if is_part(file.file)]
+    if not parts:
+        return list(written)
+    whole = directory / WEIGHTS
+    join([directory / part.file for part in parts], whole)
+    for part in parts:
+        (directory / part.file).unlink()
+    with whole.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    joined = replace(parts[0], file=WEIGHTS, size_bytes=sum(part.size_bytes for part in parts), sha256=digest)
+    return sorted([joined, *(file for file in written if file not in parts)], key=lambda file: file.file)

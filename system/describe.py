@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..api.config import Layout, Recompute
+from ..api.config import Layout, Model, Recompute
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind, FunctionCall, Graph
 
@@ -20,6 +20,13 @@ def schedule_of(layout: Layout) -> str:
     return f"schedule {layout.schedule}{chunks}{again}"
 
 
+def _trained(model: Model) -> str:
+    """What of a model is trained."""
+    if model.lora is not None:
+        return f"trained by LoRA (r={model.lora.r})"
+    return "trained in part" if model.trainable else "trained"
+
+
 def describe(compiled: CompiledExperiment, foretell: Foretell | None = None) -> str:
     """Models with their workers, then each graph's calls in the order in which they can run. With `foretell`, what is
     known of a training's pipeline with as few microbatches as its call allows."""
@@ -27,7 +34,10 @@ def describe(compiled: CompiledExperiment, foretell: Foretell | None = None) -> 
     for role, placed in compiled.models.items():
         layout = placed.model.layout
         source = placed.model.path or f"random {placed.model.config['model_type']}"
-        trained = "frozen" if placed.optimizer is None else f"trained, {schedule_of(layout)}"
+        trained = f"{_trained(placed.model)}, {schedule_of(layout)}"
+        if placed.optimizer is None:
+            owner = compiled.owner_of(role)
+            trained = "frozen" if owner is None else f"frozen, in the memory of {owner}"
         lines.append(
             f"  {role}: {source}, {trained}, dp={layout.dp} pp={layout.pp} tp={layout.tp} sp={layout.sp}, "
             f"workers {placed.ranks.start}-{placed.ranks.stop - 1}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO  # Any: the values of a config are transformers' own
 
 from ..api.algorithms import Generation
-from ..api.config import Model
+from ..api.config import LoRA, Model
 from ..api.errors import ConfigError, ModelError
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import CompiledExperiment, FedGraph
@@ -17,6 +17,7 @@ from ..api.hub import advice, directory_of
 from ..api.json_lines import check_json_lines
 from ..api.model_support import support_table
 from ..api.rewards import resolve_reward
+from .service.adapter import CONFIG, WEIGHTS
 from .service.claims import claim, owner_of
 from .service.keys import DIRECTORY
 
@@ -24,6 +25,21 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """How transformers' configs name the number of layers."""
 _CONTEXTS = ("max_position_embeddings", "n_positions")
 """How they name the longest sequence."""
+_ALSO = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+    "use_qalora",
+)
+"""What peft's adapters may have that ours have not."""
+_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+"""First values of peft's adapters that leave the base as it is; all others that have a name change it."""
 
 
 def check_files(compiled: CompiledExperiment) -> None:
@@ -130,7 +146,10 @@ def _check_model(model: Model, field: str, generates: bool) -> Mapping[str, Any]
         directory = directory_of(model.path)
         file = directory / "config.json"
         if not file.is_file():
-            raise ConfigError(f"{field}.path", str(model.path), "there is no config.json in it", advice(model.path))
+            cure = advice(model.path)
+            if (directory / CONFIG).is_file():
+                cure = f"these are adapters: name the model that they are for, and this directory as {field}.lora.path"
+            raise ConfigError(f"{field}.path", str(model.path), "there is no config.json in it", cure)
         if not any(directory.glob("*.safetensors")):
             raise ConfigError(
                 f"{field}.path",
@@ -138,10 +157,9 @@ def _check_model(model: Model, field: str, generates: bool) -> Mapping[str, Any]
                 "there are no weights (*.safetensors) in it",
                 "convert the model with `save_pretrained`, or start from random weights with `config`",
             )
-        try:
-            config = json.loads(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{field}.path", str(file), f"not JSON ({error})", "restore the file") from None
+        config = _read_json(file, f"{field}.path")
+    if model.lora is not None and model.lora.path is not None:
+        _check_adapter(model.lora, model.lora.path, f"{field}.lora")
     if not directory_of(model.tokenizer_path).is_dir():
         raise ConfigError(
             f"{field}.tokenizer",
@@ -176,3 +194,33 @@ def _check_type(config: Mapping[str, Any], num_stages: int, generates: bool, fie
         raise ConfigError(field, model_type, rule, cure) from None
     if refusal := support.refusal(config, num_stages, generates):
         raise ConfigError(field, model_type, *refusal)
+
+
+def _check_adapter(lora: LoRA, path: Path, field: str) -> None:
+    """The directory is one of peft's, and its adapters compute what this record says."""
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            cure = "name a directory of peft's, such as a checkpoint of a run with lora"
+            raise ConfigError(f"{field}.path", str(path), f"there is no {name} in it", cure)
+    config = _read_json(path / CONFIG, f"{field}.path")
+    start = config.get("init_lora_weights", True)
+    others = [name for name in _ALSO if config.get(name)]
+    others += [f"bias {config['bias']!r}"] if config.get("bias", "none") != "none" else []
+    others += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in _PLAIN_STARTS else []
+    others += [f"peft_type {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
+    if others:
+        rule = f"its adapters have {', '.join(others)}, and this version has none of that"
+        raise ConfigError(
+            f"{field}.path", str(path), rule, "name other adapters, or merge these into their model by peft"
+        )
+    for name, value in (("r", lora.r), ("lora_alpha", lora.lora_alpha), ("use_rslora", lora.use_rslora)):
+        there = config.get(name, False if name == "use_rslora" else None)
+        if there != value:
+            raise ConfigError(f"{field}.{name}", value, f"{path / CONFIG} says {there}", f"set it to {there}")
+
+
+def _read_json(file: Path, field: str) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(field, str(file), f"not JSON ({error})", "restore the file") from None

@@ -26,7 +26,6 @@ from . import recording
 from .algorithms import inference_algorithm, training_algorithm
 from .context import ShardGroups, WorkerContext
 from .models import hf_compat
-from .models.stage import Stage
 from .recording import Record
 from .shard import ModelShard
 
@@ -90,7 +89,7 @@ def compare(compiled: CompiledExperiment, call: ModelFunctionCall, records: Sequ
     placed = compiled.models[call.model]
     found = _joined(records)
     shard = _whole_model(compiled, call)
-    theirs = list(_transformers_logits(shard.stage, found))  # before a step changes the weights
+    theirs = list(_transformers_logits(shard, found))  # before a step changes the weights
     alone = Record(found.graph, call.name, 0)
     if call.kind is CallKind.TRAIN_STEP:
         shard.train(training_algorithm(call.settings), found.microbatches, record=alone)
@@ -141,10 +140,11 @@ def _whole_model(compiled: CompiledExperiment, call: ModelFunctionCall) -> Model
 
 
 @torch.no_grad()
-def _transformers_logits(stage: Stage, found: Record) -> Iterator[Tensor]:
+def _transformers_logits(shard: ModelShard, found: Record) -> Iterator[Tensor]:
     """[k, V] of each microbatch: every sequence by itself, without packing, cache or cut, in their own attention."""
-    config = copy.deepcopy(stage.config)
-    model = hf_compat.own_model(config, stage.model.state_dict())
+    model = shard.stage.model
+    weights = model.state_dict() if shard.adapters is None else shard.adapters.merged(model)
+    model = hf_compat.own_model(copy.deepcopy(shard.stage.config), weights)
     for microbatch, output in zip(found.microbatches, found.outputs, strict=True):
         count, rows = len(output.logits), torch.empty(0, output.logits.shape[1])
         for tokens in microbatch.tokens[0].split(microbatch.packed.seqlens):

@@ -41,6 +41,7 @@ from ..system.rpc.commands import (
 from ..system.rpc.messages import Welcome
 from ..system.service.failpoints import failpoint
 from . import recording
+from .adapter_files import write_adapter_config, write_adapters
 from .calls import call_model
 from .context import ShardGroups, WorkerContext
 from .data.source import Limits, SequenceSource
@@ -142,18 +143,28 @@ class Handlers:
         self._hosted_store = None
 
     def save(self, hook: Save) -> list[ShardFile]:
-        """Only the first replica writes, a file a stage; the worker with the first stage adds config and tokenizer."""
+        """Only the first replica writes, a file a stage; the worker with the first stage adds config and tokenizer.
+
+        Of a model with adapters these alone are written.
+        """
         failpoint("worker.save", self._context.rank)
         shard = self._shards[hook.model]
         if shard.place.dp != 0:
             return []
         shard.restore()
         directory = Path(hook.directory)
-        files = [write_stage(stage, directory) for stage in shard.stages]
+        if shard.adapters is None:
+            files = [write_stage(stage, directory) for stage in shard.stages]
+        else:
+            masters = {} if shard.optimizer is None else shard.optimizer.masters
+            files = [write_adapters(stage, masters, directory) for stage in shard.stages]
         if hook.with_optimizer and shard.optimizer is not None:
             files += [write_state(stage, shard.optimizer, shard.version, directory) for stage in shard.stages]
         if shard.stages[0].is_first:
-            write_config(shard.stages[0], directory)
+            if shard.adapters is None:
+                write_config(shard.stages[0], directory)
+            else:
+                write_adapter_config(shard.adapters, shard.placed.model.path, directory)
             self._tokenizer(hook.model).save_pretrained(str(directory))
         return files
 
@@ -172,7 +183,11 @@ class Handlers:
         role = command.model
         placed = self._context.compiled.models[role]
         groups = self._context.groups[role] if role in self._context.groups else ShardGroups()
-        shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps)
+        owner = self._context.compiled.owner_of(role)
+        shared = None if owner is None else self._shards[owner]
+        if shared is not None:
+            logger.info("%s takes no memory: its weights are those of %s, without adapters", role, owner)
+        shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps, shared)
         self._shards[role] = shard
         num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())
         used = () if shard.optimizer is None else shard.optimizer.groups_used

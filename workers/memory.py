@@ -23,18 +23,25 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes for each parameter."""
+    """Bytes of a part of a model."""
 
+    num_parameters: int
+    num_trained: int
+    """Of them."""
     weights: int
-    gradients: int = 0
-    optimizer: int = 0
+    gradients: int
+    optimizer: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, is_trained: bool) -> Need:
-        """Gradients, moments, and masters of what is not float32, are float32."""
-        if not is_trained:
-            return cls(dtype.itemsize)
-        return cls(dtype.itemsize, gradients=4, optimizer=8 if dtype is torch.float32 else 12)
+    def of(cls, dtype: torch.dtype, num_parameters: int, num_trained: int) -> Need:
+        """Gradients, moments, and masters of what is not float32, are float32, and there for what is trained."""
+        return cls(
+            num_parameters,
+            num_trained,
+            weights=num_parameters * dtype.itemsize,
+            gradients=num_trained * 4,
+            optimizer=num_trained * (8 if dtype is torch.float32 else 12),
+        )
 
     @property
     def total(self) -> int:
@@ -54,12 +61,13 @@ class Room:
             return cls(f"free on {device}", torch.cuda.mem_get_info(device)[0])
         return cls(f"this worker's share (1 of {num_local_workers}) of what is free here", _free() // num_local_workers)
 
-    def take(self, model: str, num_parameters: int, need: Need) -> None:
+    def take(self, model: str, need: Need) -> None:
         """For parameters that are about to be loaded. Raises ModelError if they do not fit."""
-        wanted = num_parameters * need.total
+        wanted = need.total
         parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
-        shown = ", ".join(f"{name} {_gib(num_parameters * each)}" for name, each in parts.items() if each)
-        estimate = f"{model}: {num_parameters:,} parameters take {_gib(wanted)} on this worker ({shown})"
+        shown = ", ".join(f"{name} {_gib(each)}" for name, each in parts.items() if each)
+        some = f", {need.num_trained:,} of them trained," if 0 < need.num_trained < need.num_parameters else ""
+        estimate = f"{model}: {need.num_parameters:,} parameters{some} take {_gib(wanted)} on this worker ({shown})"
         if wanted > self._left:
             raise ModelError(
                 f"{estimate}, and activations on top; there are {_gib(max(self._left, 0))}, {self._where}, less what "

@@ -53,6 +53,7 @@ class ShardOptimizer:
         for name, parameter in named:
             index = next((at for at, pattern in enumerate(patterns) if pattern.search(name)), None)
             members.setdefault((index, parameter.ndim >= 2), []).append(self.masters[parameter])
+        members = members or {(None, True): []}  # a stage may have nothing to train, and AdamW wants a group
         self.groups_used = tuple(sorted({index for index, _ in members if index is not None}))
         is_fused = all(parameter.device.type in _FUSED for parameter in self.masters.values())
         self.adamw = torch.optim.AdamW(
@@ -132,4 +133,5 @@ def clip(parameters: Sequence[nn.Parameter], norm: float, max_norm: float | None
     if max_norm is None or norm <= max_norm:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+    if gradients:  # a stage may have none
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))

@@ -38,6 +38,8 @@ def write_state(stage: Stage, optimizer: ShardOptimizer, version: int, directory
     """Writes a stage's part into the checkpoint `directory`. `version`: optimizer steps behind the weights."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in stage.own_parameters():
+        if parameter not in optimizer.masters:  # it is not trained
+            continue
         master = optimizer.masters[parameter]
         kept = {**optimizer.adamw.state.get(master, {})}
         if master is not parameter:
@@ -62,6 +64,8 @@ def read_state(stages: Sequence[Stage], optimizer: ShardOptimizer, directory: Pa
     kept, version = _keys_by_name(files)
     for stage in stages:
         for name, parameter in stage.model.named_parameters():
+            if parameter not in optimizer.masters:
+                continue
             if name in kept:
                 _give(optimizer, name, parameter, kept[name])
             elif version > 0:

@@ -24,13 +24,13 @@ def type_of(precision: Precision) -> torch.dtype:
 
 
 def round_to(stage: Stage, dtype: torch.dtype, keeps_masters: bool) -> dict[nn.Parameter, Tensor]:
-    """Rounds a float32 stage in place. Returns the values before, for `keeps_masters`, by parameter."""
+    """Rounds a float32 stage in place. Returns the values before, for `keeps_masters`, by trained parameter."""
     masters = {}
     kept = hf_compat.float32_names(stage.model, dtype)
     for name, parameter in stage.model.named_parameters():
         if parameter.dtype is dtype or name in kept:
             continue
-        if keeps_masters:
+        if keeps_masters and parameter.requires_grad:
             masters[parameter] = parameter.data
         parameter.data = parameter.data.to(dtype)
         parameter.grad_dtype = torch.float32

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..api.config import NaNPolicy, Recompute
 from ..api.experiments.base import PlacedModel
 from ..api.sampling import Sampling
 from ..system.rpc.commands import Mean
+from .adapters import Adapters, is_adapter
 from .algorithms.base import InferenceAlgorithm, TrainingAlgorithm
 from .algorithms.statistics import Statistics
 from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
-from .memory import Need
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import ShardOptimizer, clip
@@ -33,6 +35,7 @@ from .pipeline.timing import Clock
 from .precision import round_to, type_of
 from .recomputation import recompute_layers
 from .recording import Record
+from .trained import Trained, trained
 from .verdict import Losses
 
 
@@ -41,17 +44,28 @@ class ModelShard:
 
     `stages` are in the order of the model; there are as many as the layout has chunks.
     Between calls they may be in the host's memory (`is_offloaded`); whatever uses them brings them back first.
+    `adapters`: its own, None without. `owner`: a shard here whose stages, without its adapters, are this shard's.
     """
 
     def __init__(
-        self, placed: PlacedModel, context: WorkerContext, groups: ShardGroups, num_optimizer_steps: int = 0
+        self,
+        placed: PlacedModel,
+        context: WorkerContext,
+        groups: ShardGroups,
+        num_optimizer_steps: int = 0,
+        owner: ModelShard | None = None,
     ) -> None:
         """`num_optimizer_steps`: of the whole run, over which its learning rate may fall."""
         self.placed, self.groups = placed, groups
         self.place = Place.of(placed, context.rank)
         self.device = context.device
         self._seed = context.compiled.run.seed
-        self.stages, masters = _make_stages(placed, self.place, context)
+        self.owner, self.adapters = owner, None
+        masters: dict[nn.Parameter, Tensor] = {}
+        if owner is None:
+            self.stages, masters, self.adapters = _make_stages(placed, self.place, context)
+        else:
+            self.stages = owner.stages
         self.version = 0
         self.is_offloaded = False
         self._averages: dict[Tensor, Tensor] = {}
@@ -59,7 +73,7 @@ class ModelShard:
         self.optimizer: ShardOptimizer | None = None
         if placed.optimizer is not None:
             self.optimizer = ShardOptimizer(
-                [pair for stage in self.stages for pair in stage.model.named_parameters()],
+                [pair for stage in self.stages for pair in stage.model.named_parameters() if pair[1].requires_grad],
                 placed.optimizer,
                 num_optimizer_steps,
                 masters,
@@ -67,7 +81,7 @@ class ModelShard:
             if placed.optimizer.state is not None:
                 self.version = read_state(self.stages, self.optimizer, placed.optimizer.state)
                 self.optimizer.num_steps += self.version
-        for stage in self.stages:
+        for stage in self.stages if owner is None else ():
             recompute_layers(stage.cut.layers, placed.model.layout.recompute)
         dtype = type_of(placed.model.dtype)
         self._runner = Runner(self.stages, groups.pipe, groups.gradients, context.device, dtype)
@@ -89,7 +103,8 @@ class ModelShard:
 
     def own_parameters(self) -> list[nn.Parameter]:
         """Parameters, less the copies of those that another stage of the replica owns."""
-        return [parameter for stage in self.stages for _, parameter in stage.own_parameters()]
+        named = [pair for stage in self.stages for pair in stage.own_parameters()]
+        return [parameter for name, parameter in named if self.owner is None or not is_adapter(name)]
 
     def train(
         self,
@@ -166,7 +181,8 @@ class ModelShard:
         for stage in self.stages:
             stage.eval()
         program = inference_program(self.place.layout.pp, len(microbatches), self.place.layout.chunks)
-        self._runner.run(program, microbatches, score)
+        with self._without_owners_adapters():
+            self._runner.run(program, microbatches, score)
         return statistics.merged(self.groups.data), outputs
 
     def generate(
@@ -179,7 +195,8 @@ class ModelShard:
         """Responses to this replica's prompts, in their order; none but with the last stage."""
         self.restore()
         pipe, home, seed = self.groups.pipe, self.groups.gradients, self._seed
-        responses = generate(self.stages, pipe, microbatches, sampling, stop_ids, seed, self.device, home, limits)
+        with self._without_owners_adapters():
+            responses = generate(self.stages, pipe, microbatches, sampling, stop_ids, seed, self.device, home, limits)
         return responses or []
 
     def move_towards(self, source: ModelShard, eta: float) -> None:
@@ -193,12 +210,19 @@ class ModelShard:
         self.version = source.version
 
     def offload(self) -> None:
-        """Moves weights, gradients and optimizer state to the host's memory, until they are used again."""
+        """Moves weights, gradients and optimizer state to the host's memory, until they are used again.
+
+        What another shard owns stays where that has it.
+        """
+        if self.owner is not None:
+            return
         self._move(torch.device("cpu"))
         self.is_offloaded = True
 
     def restore(self) -> None:
         """Moves them back to where they are used, if they are offloaded."""
+        if self.owner is not None:
+            self.owner.restore()
         if self.is_offloaded:
             self._move(self.device)
             self.is_offloaded = False
@@ -231,8 +255,9 @@ class ModelShard:
             recompute=layout.recompute is Recompute.STAGE,
         )
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for stage in self.stages for parameter in stage.parameters()]
+    def _without_owners_adapters(self) -> AbstractContextManager[None]:
+        adapters = None if self.owner is None else self.owner.adapters
+        return nullcontext() if adapters is None else adapters.off()
 
     @property
     def _on_nan_loss(self) -> NaNPolicy:
@@ -243,13 +268,13 @@ class ModelShard:
         """Sums a stage's gradients over replicas; after the last one, those of what several stages hold."""
         stage = self.stages[self.place.stages.index(index)]
         if self.groups.data is not None:
-            all_reduce_gradients(list(stage.parameters()), self.groups.data)
+            all_reduce_gradients(trained(stage.parameters()), self.groups.data)
         if stage is not self.stages[-1]:
             return
-        tied = [[each.tied_embedding] for each in self.stages if each.tied_embedding is not None]
-        if tied:
+        tied = [trained([each.tied_embedding]) for each in self.stages if each.tied_embedding is not None]
+        if any(tied):
             sum_copies(tied, self.groups.ends)
-        replicated = [[parameter for _, parameter in each.replicated] for each in self.stages]
+        replicated = [trained(parameter for _, parameter in each.replicated) for each in self.stages]
         if replicated[0]:
             sum_copies(replicated, self.groups.pipe)
 
@@ -266,32 +291,32 @@ class ModelShard:
             if self._on_nan_loss is NaNPolicy.STOP:
                 losses.refuse(norm, num_bad, self.version + 1)
             return None
-        clip(self._parameters(), norm, self.placed.optimizer.max_gradient_norm)
+        clip(list(self.optimizer.masters), norm, self.placed.optimizer.max_gradient_norm)
         return norm, self.optimizer.step(self.version + 1)
 
 
 def _make_stages(
     placed: PlacedModel, place: Place, context: WorkerContext
-) -> tuple[tuple[Stage, ...], dict[nn.Parameter, Tensor]]:
-    """The stages of a place, and float32 values of what is trained in another type."""
-    model, dtype = placed.model, type_of(placed.model.dtype)
-    need = Need.of(dtype, is_trained=placed.optimizer is not None)
+) -> tuple[tuple[Stage, ...], dict[nn.Parameter, Tensor], Adapters | None]:
+    """The stages of a place, float32 values of what is trained in another type, and the adapters of all stages."""
+    model, dtype, seed = placed.model, type_of(placed.model.dtype), context.compiled.run.seed
+    predicate = Trained(placed, seed)
 
-    def admit(num_parameters: int) -> None:
+    def admit(pruned: PreTrainedModel) -> None:
         if context.room is not None:
-            context.room.take(placed.field, num_parameters, need)
+            context.room.take(placed.field, predicate.need(pruned, dtype))
 
     if model.path is not None:
-        make = partial(load_stage, model.path, admit=admit)
+        make = partial(load_stage, model.path, survey=predicate.survey, admit=admit)
     else:
-        make = partial(init_stage, model.config, context.compiled.run.seed, admit=admit)
+        make = partial(init_stage, model.config, seed, survey=predicate.survey, admit=admit)
     stages: list[Stage] = []
     masters: dict[nn.Parameter, Tensor] = {}
     for index in place.stages:
-        if dtype is torch.float32:
-            stages.append(make(index, model.layout.num_stages, context.device, dtype))
-            continue
-        stage = make(index, model.layout.num_stages, torch.device("cpu"), torch.float32)
-        masters |= round_to(stage, dtype, keeps_masters=placed.optimizer is not None)
+        home = context.device if dtype is torch.float32 else torch.device("cpu")
+        stage = make(index, model.layout.num_stages, home, torch.float32)
+        predicate.apply(stage)
+        if dtype is not torch.float32:
+            masters |= round_to(stage, dtype, keeps_masters=placed.optimizer is not None)
         stages.append(stage.to(context.device))
-    return tuple(stages), masters
+    return tuple(stages), masters, predicate.adapters

@@ -8,7 +8,8 @@ from typing import Protocol
 from ..config import Dataset, Model, Optimizer, RunOptions
 from ..errors import ConfigError
 from ..graph import Graph
-from .validation import check_graph
+from ..hooks import Reshard
+from .validation import check_graph, check_models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class CompiledExperiment:
     """Each runs between steps, over the whole of its own dataset."""
 
     def __post_init__(self) -> None:
+        check_models(self.models)
         for fed in (self.training, *self.evaluations):
             check_graph(fed.graph, self.models)
 
@@ -58,9 +60,34 @@ class CompiledExperiment:
         """By name."""
         return {fed.graph.name: fed for fed in (self.training, *self.evaluations)}
 
+    def owner_of(self, role: str) -> str | None:
+        """The model whose frozen weights, without its adapters, are this model's on each of its workers; None without.
+
+        That is one that LoRA trains from the same base, in the same pieces on the same workers; it is listed before.
+        """
+        mine = self.models[role]
+        calls = [call for fed in self.graphs.values() for call in fed.graph.model_calls]
+        hooks = [hook for call in calls for hook in (*call.pre_hooks, *call.post_hooks)]
+        is_moved = any(isinstance(hook, Reshard) and role in (hook.source, hook.target) for hook in hooks)
+        if mine.optimizer is not None or mine.model.lora is not None or is_moved:
+            return None
+        for other, placed in self.models.items():
+            if other == role:
+                return None
+            if placed.optimizer is not None and placed.model.lora is not None and _is_base(mine, placed):
+                return other
+        return None
+
     @property
     def num_workers(self) -> int:
         return max(placed.ranks.stop for placed in self.models.values())
+
+
+def _is_base(mine: PlacedModel, trained: PlacedModel) -> bool:
+    """Whether both have the same weights on each worker, before any training."""
+    one, other = mine.model, trained.model
+    same_weights = (one.path, one.config, one.dtype) == (other.path, other.config, other.dtype)
+    return same_weights and mine.first_rank == trained.first_rank and one.layout.is_cut_like(other.layout)
 
 
 def check_run(run: RunOptions, num_workers: int, has_evaluation: bool, has_reward: bool) -> None:

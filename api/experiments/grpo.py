@@ -7,7 +7,7 @@ prompts --prompt--> generate(actor) --tokens, loss_mask--> reward ------------ad
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -48,8 +48,8 @@ class GRPO:
     sampling: Sampling
     """How responses are drawn; the temperature is above 0."""
     reference: Model | None = None
-    """Where the KL penalty pulls to; by default the actor's own start, laid out like it. Only with a
-    `kl_coefficient`."""
+    """Where the KL penalty pulls to; by default the actor's own start, laid out like it. Of an actor with `lora` that
+    is its base, without adapters, and the weights of both are in memory once. Only with a `kl_coefficient`."""
     reference_apart: bool = False
     """Whether the reference has workers of its own; otherwise it shares the actor's. Only with a
     `kl_coefficient`."""
@@ -135,6 +135,13 @@ class GRPO:
                 raise ConfigError(
                     name, value, "there is no reference while kl_coefficient is 0", "raise it, or leave this out"
                 )
+        if self.reference_eta > 0 and self.actor.lora is not None:
+            raise ConfigError(
+                "reference_eta",
+                self.reference_eta,
+                "the reference is the base of the actor's adapters, which never changes",
+                "leave it out, or train the actor without lora",
+            )
         if self.reference_eta > 0 and self.reference_apart:
             raise ConfigError(
                 "reference_eta",
@@ -152,7 +159,8 @@ class GRPO:
 
     @property
     def _reference(self) -> Model | None:
-        return (self.reference or self.actor) if self.kl_coefficient > 0 else None
+        base = replace(self.actor, trainable=(), lora=None)
+        return (self.reference or base) if self.kl_coefficient > 0 else None
 
     @property
     def _num_workers(self) -> int:

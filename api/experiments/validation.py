@@ -29,6 +29,20 @@ Models = Mapping[str, "PlacedModel"]
 """By role."""
 
 
+def check_models(models: Models) -> None:
+    """Raises `ConfigError` for a model that says what of it is trained, and is not trained."""
+    for placed in models.values():
+        model, lora = placed.model, placed.model.lora
+        if placed.optimizer is not None:
+            continue
+        cure = "leave it out"
+        if model.trainable:
+            raise ConfigError(f"{placed.field}.trainable", model.trainable, "this model is not trained", cure)
+        if lora is not None and lora.path is None:
+            rule = "this model is not trained, and adapters that begin here would change nothing"
+            raise ConfigError(f"{placed.field}.lora.path", None, rule, f"name a directory of adapters, or {cure}")
+
+
 def check_graph(graph: Graph, models: Models) -> None:
     """Raises `ConfigError` for the first call that does not fit its settings, its model or its hooks."""
     for call in graph.calls:
@@ -150,6 +164,14 @@ def _check_reshard(hook: Reshard, source: PlacedModel, target: PlacedModel, fiel
             f"it starts at worker {target.first_rank} and its source, {hook.source}, at {source.first_rank}, and this "
             "version reshards on the same workers only",
             "place both on the same workers",
+        )
+    if source.model.lora != target.model.lora:
+        raise ConfigError(
+            field,
+            hook.target,
+            f"it and its source, {hook.source}, differ in their adapters (lora), and a model moves towards one of the "
+            "same parameters only",
+            "train the source without lora, or take the hook away",
         )
     if target.optimizer is not None:
         raise ConfigError(

@@ -5,6 +5,7 @@ from trainmaster.api.config import (
     Dataset,
     Deadlines,
     Layout,
+    LoRA,
     Model,
     NaNPolicy,
     Optimizer,
@@ -202,3 +203,33 @@ def test_a_group_that_makes_no_sense_is_refused(fields: dict[str, object], messa
 def test_a_bad_loss_stops_a_run_unless_told_otherwise():
     assert Optimizer().on_nan_loss is NaNPolicy.STOP
     assert Optimizer(on_nan_loss="skip").on_nan_loss is NaNPolicy.SKIP
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, r"LoRA\.r = 0: input should be greater than 0"),
+        ({"rank": 8}, r"LoRA\.rank = 8: LoRA has no such field"),
+        ({"lora_dropout": 1.0}, r"LoRA\.lora_dropout = 1\.0: input should be less than 1"),
+        ({"target_modules": "("}, r"LoRA\.target_modules = '\(': is no regular expression"),
+        ({"target_modules": ()}, r"LoRA\.target_modules = \(\): there is nothing to train"),
+        ({"target_modules": ("a", "")}, r"LoRA\.target_modules = .*: no module has an empty name"),
+    ],
+)
+def test_adapters_that_make_no_sense_are_refused(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        LoRA(**fields)
+
+
+def test_adapters_are_scaled_as_pefts():
+    assert LoRA().scale == 1.0
+    assert LoRA(r=16, lora_alpha=32).scale == 2.0
+    assert LoRA(r=16, lora_alpha=32, use_rslora=True).scale == 8.0
+    assert LoRA(target_modules=["q_proj"]).target_modules == ("q_proj",)
+
+
+def test_a_model_trains_named_parts_or_adapters():
+    with pytest.raises(ConfigError, match=r"Model\.trainable = \('norm',\): with `lora`, adapters alone are trained"):
+        Model(path="m", trainable=("norm",), lora=LoRA())
+    with pytest.raises(ConfigError, match=r"Model\.trainable\[1\] = '\(': is no regular expression"):
+        Model(path="m", trainable=("norm", "("))

@@ -22,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy
 import torch
 from preloaded import forking
-from trainmaster.api.config import Dataset, Deadlines, Layout, Model, Optimizer, Precision, RunOptions
+from trainmaster.api.config import Dataset, Deadlines, Layout, LoRA, Model, Optimizer, Precision, RunOptions
 from trainmaster.api.experiments.base import CompiledExperiment, PlacedModel
 from trainmaster.api.experiments.sft import SFT
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
@@ -69,6 +69,8 @@ class Case:
     num_steps: int = 2
     optimizer: Optimizer = OPTIMIZER
     dtype: Precision = Precision.FLOAT32
+    trainable: tuple[str, ...] = ()
+    lora: LoRA | None = None
 
     def share(self, dp: int, step: int) -> list[Microbatch]:
         """A replica's microbatches of a step."""
@@ -155,7 +157,14 @@ def make_context(case: Case, rank: int) -> WorkerContext:
 
 
 def _compiled(case: Case) -> CompiledExperiment:
-    model = Model(config=case.config, tokenizer=Path("none"), layout=case.layout, dtype=case.dtype)
+    model = Model(
+        config=case.config,
+        tokenizer=Path("none"),
+        layout=case.layout,
+        dtype=case.dtype,
+        trainable=case.trainable,
+        lora=case.lora,
+    )
     compiled = SFT(
         model=model,
         dataset=Dataset(path=Path("none")),

@@ -1,7 +1,11 @@
+import hashlib
 import json
 from pathlib import Path
 
+import numpy
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from trainmaster.api.errors import RunError
 from trainmaster.system.checkpoints import CheckpointFolder
 from trainmaster.system.rpc.commands import ShardFile
@@ -89,3 +93,27 @@ def test_a_published_checkpoint_is_not_overwritten(tmp_path: Path):
     with pytest.raises(OSError, match="not empty"):
         folder.publish(5, [file])
     assert (tmp_path / "checkpoints" / "step-5" / "model.safetensors").read_text() == "first"
+
+
+def test_the_parts_of_an_adapter_become_one_file_that_the_manifest_names(tmp_path: Path):
+    """Byte by byte: checked by safetensors' own reader."""
+    folder, written = CheckpointFolder(tmp_path), {}
+    partial, files = folder.begin(5), []
+    for at, shape in enumerate([(2, 3), (5,), (1, 1, 4)]):
+        tensors = {f"{at}.{name}": numpy.full(shape, at + 0.5, dtype) for name, dtype in (("a", "f4"), ("b", "f2"))}
+        path = partial / f"adapter_model-{at + 1:05d}-of-00003.safetensors"
+        save_file(tensors, path, {"format": "pt"})
+        files.append(ShardFile(file=path.name, size_bytes=sum(each.nbytes for each in tensors.values()), sha256=SHA256))
+        written |= tensors
+    path = folder.publish(5, [*files, ShardFile()])
+    assert sorted(each.name for each in path.iterdir()) == ["adapter_model.safetensors", MANIFEST]
+    with safe_open(path / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    assert set(found) == set(written)
+    for name, tensor in found.items():
+        numpy.testing.assert_array_equal(tensor, written[name])
+        assert tensor.dtype == written[name].dtype
+    content = (path / "adapter_model.safetensors").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert read_manifest(path) == {"adapter_model.safetensors": WrittenFile(size_bytes=len(content), sha256=sha256)}

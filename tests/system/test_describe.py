@@ -1,7 +1,10 @@
 from pathlib import Path
 
-from trainmaster.api.config import Dataset, Layout, Model
+from trainmaster.api.config import Dataset, Layout, LoRA, Model
+from trainmaster.api.experiments.grpo import GRPO
 from trainmaster.api.experiments.sft import SFT
+from trainmaster.api.rewards import Reward
+from trainmaster.api.sampling import Sampling
 from trainmaster.system.describe import describe
 
 
@@ -29,6 +32,16 @@ def test_a_random_model_is_described_by_its_type():
     model = Model(config={"model_type": "qwen2"}, tokenizer=Path("t"))
     told = describe(SFT(model=model, dataset=Dataset(path="d")).compile())
     assert "model: random qwen2, trained, schedule 1f1b, dp=1" in told
+
+
+def test_what_is_trained_of_a_model_and_whose_memory_it_shares():
+    told = describe(SFT(model=Model(path="m", trainable=("norm",)), dataset=Dataset(path="d")).compile())
+    assert "model: m, trained in part, schedule 1f1b" in told
+    actor, reward, sampling = Model(path="m", lora=LoRA(r=4)), Reward(function="f"), Sampling(max_new_tokens=2)
+    experiment = GRPO(actor=actor, prompts=Dataset(path="d"), reward=reward, sampling=sampling, kl_coefficient=0.1)
+    lines = describe(experiment.compile()).splitlines()
+    assert "actor: m, trained by LoRA (r=4), schedule 1f1b" in lines[1]
+    assert "reference: m, frozen, in the memory of actor, dp=1" in lines[2]
 
 
 def test_schedules_are_named_and_what_is_foretold_of_them():

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from trainmaster.api.config import Dataset, Layout, Model, RunOptions
+from trainmaster.api.config import Dataset, Layout, LoRA, Model, RunOptions
 from trainmaster.api.errors import ConfigError, DataError
 from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.sft import SFT
@@ -160,3 +160,47 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.directory = '.*file': cannot be written: Not a directory\. Choose"):
         claim_run_directory(tmp_path / "file" / "first")
+
+
+def adapter_folder(folder: Path, **config: object) -> Path:
+    path = folder / "adapter"
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8, **config}))
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 16}, r"model\.lora\.r = 8: .*adapter_config\.json says 16\. Set it to 16"),
+        ({"lora_alpha": 32}, r"model\.lora\.lora_alpha = 8: .* says 32"),
+        ({"use_rslora": True}, r"model\.lora\.use_rslora = False: .* says True"),
+        (
+            {"use_dora": True, "bias": "all"},
+            r"lora\.path = '.*adapter': its adapters have use_dora, bias 'all', and this",
+        ),
+        ({"init_lora_weights": "pissa"}, r"its adapters have init_lora_weights 'pissa'.* merge these into their model"),
+        ({"peft_type": "LOHA"}, r"its adapters have peft_type 'LOHA'"),
+    ],
+)
+def test_adapters_that_compute_something_else_are_refused(tmp_path: Path, config: dict[str, object], message: str):
+    path = adapter_folder(tmp_path, **config)
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path, model=Model(path=model_folder(tmp_path), lora=LoRA(path=path)))
+
+
+def test_adapters_that_compute_the_same_pass(tmp_path: Path):
+    path = adapter_folder(tmp_path, use_rslora=False, bias="none", init_lora_weights="gaussian", rank_pattern={})
+    check(tmp_path, model=Model(path=model_folder(tmp_path), lora=LoRA(path=path)))
+
+
+def test_a_folder_without_adapters_is_refused_and_one_of_adapters_is_no_model(tmp_path: Path):
+    model, adapter = model_folder(tmp_path), adapter_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"lora\.path = '.*model': there is no adapter_config\.json in it"):
+        check(tmp_path, model=Model(path=model, lora=LoRA(path=model)))
+    with pytest.raises(ConfigError, match=r"model\.path = .* and this directory as model\.lora\.path"):
+        check(tmp_path, model=Model(path=adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"there is no adapter_model\.safetensors in it"):
+        check(tmp_path, model=Model(path=model, lora=LoRA(path=adapter)))

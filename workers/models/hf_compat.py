@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -230,3 +231,8 @@ def names_not_saved(model: PreTrainedModel) -> set[str]:
 def checkpoint_format(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under the names and in the shapes that checkpoints of this type use (experts apart, old prefixes)."""
     return revert_weight_conversion(model, tensors)
+
+
+def conversion_type(config: PretrainedConfig) -> str | None:
+    """The other model type by whose rules checkpoints of this type are converted; None if it has none or its own."""
+    return _MODEL_TO_CONVERSION_PATTERN.get(config.model_type)

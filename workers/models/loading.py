@@ -28,8 +28,8 @@ from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune, replace_head
 from .stage import Head, Stage
 
-Admit = Callable[[int], None]
-"""Told a stage's number of parameters before any is read or drawn; raises if they are too many."""
+Watch = Callable[[PreTrainedModel], None]
+"""Shown a model on the meta device, before any of it is read or drawn; raises if it is not as wanted."""
 
 
 def load_stage(
@@ -42,13 +42,15 @@ def load_stage(
     head: Head = Head.LANGUAGE,
     seed: int = 0,
     way: Way | None = None,
-    admit: Admit | None = None,
+    survey: Watch | None = None,
+    admit: Watch | None = None,
 ) -> Stage:
     """Read stage `index` of `num_stages` of a checkpoint, in training mode.
 
     `path` is a directory, or the name of a repository in this machine's Hugging Face cache. Only safetensors, and only
     this stage's tensors, are read; files are checked first (see `integrity`). A scalar head that a checkpoint of a
     language model lacks is drawn from `seed`. `way`: None for what the support table says of the model's type.
+    `survey` is shown the whole model, `admit` the stage's.
 
     Raises ModelError for a directory that is no checkpoint or is damaged, for tensors that are missing, misshapen or
     too many, by name, and for models that no stage can run; ConfigError for more stages than layers.
@@ -60,7 +62,7 @@ def load_stage(
         config = config_from_directory(directory)
         integrity.check(directory, index, num_stages)
         is_language_model = not any("ForSequenceClassification" in name for name in config.architectures or ())
-        pruning = _Pruning(config, index, num_stages, head, way, admit)
+        pruning = _Pruning(config, index, num_stages, head, way, survey, admit)
         try:
             with _blaming_the_cut(num_stages):
                 model, faults = hf_compat.read_pruned(
@@ -88,20 +90,21 @@ def init_stage(
     *,
     head: Head = Head.LANGUAGE,
     way: Way | None = None,
-    admit: Admit | None = None,
+    survey: Watch | None = None,
+    admit: Watch | None = None,
 ) -> Stage:
     """Draw stage `index` of `num_stages` of the model that `config` describes, in training mode.
 
     `config` holds keywords of transformers' configuration and its "model_type". Weights are those that the model's
     author intends, from a generator that is seeded for every module by `seed` and the module's name. `way`: None for
-    what the support table says of the model's type. Raises ConfigError on `model.config.<key>`; ModelError for models
-    that no stage can run or that leave a tensor unset.
+    what the support table says of the model's type. `survey` is shown the whole model, `admit` the stage's. Raises
+    ConfigError on `model.config.<key>`; ModelError for models that no stage can run or that leave a tensor unset.
 
         init_stage({"model_type": "qwen2", "hidden_size": 64, ...}, seed=1, index=0, num_stages=2, device=cpu)
     """
     with hf_compat.quiet():
         described = config_from_keywords(config)
-        pruning = _Pruning(described, index, num_stages, head, way, admit)
+        pruning = _Pruning(described, index, num_stages, head, way, survey, admit)
         model = hf_compat.build_pruned(described, pruning, pruning.attention, pruning.name, dtype)
         with _blaming_the_cut(num_stages):
             _initialise(model, seed)
@@ -115,9 +118,17 @@ class _Pruning:
     """Prunes the one model that it is called with, which is to be built from `config`, and keeps how."""
 
     def __init__(
-        self, config: PretrainedConfig, index: int, num_stages: int, head: Head, way: Way | None, admit: Admit | None
+        self,
+        config: PretrainedConfig,
+        index: int,
+        num_stages: int,
+        head: Head,
+        way: Way | None,
+        survey: Watch | None,
+        admit: Watch | None,
     ) -> None:
-        self.index, self.num_stages, self.head, self._admit = index, num_stages, head, admit
+        self.index, self.num_stages, self.head = index, num_stages, head
+        self._survey, self._admit = survey, admit
         self.way = _measured_way(config, num_stages) if way is None else way
         self.attention = attention.ATTENTION if self.way.packing is Packing.ROW else None
         self.name = hf_compat.causal_lm_class(config).__name__
@@ -130,9 +141,11 @@ class _Pruning:
     def __call__(self, model: PreTrainedModel) -> None:
         if self.head is Head.SCALAR:
             replace_head(model)
+        if self._survey is not None:
+            self._survey(model)
         self.cut = prune(model, self.index, self.num_stages, self.way.embeds_everywhere)
         if self._admit is not None:
-            self._admit(sum(parameter.numel() for parameter in model.parameters()))
+            self._admit(model)
 
 
 def _measured_way(config: PretrainedConfig, num_stages: int) -> Way:

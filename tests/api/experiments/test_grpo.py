@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import trainmaster
 from trainmaster.api.algorithms import Generation, KLEstimator, LogProbabilities, LossNormalisation, PolicyLoss
-from trainmaster.api.config import Dataset, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.config import Dataset, Layout, LoRA, Model, Optimizer, Precision, RunOptions
 from trainmaster.api.errors import ConfigError
 from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.grpo import GRPO
@@ -62,6 +64,10 @@ def edges(graph) -> dict[tuple[str, str], tuple[str, ...]]:
         (
             {"reference_eta": 0.5, "kl_coefficient": 0.1, "reference": OTHER},
             r"reference_eta = 0\.5: .* of the actor's layout only\. Make reference\.layout and actor\.layout equal",
+        ),
+        (
+            {"reference_eta": 0.5, "kl_coefficient": 0.1, "actor": replace(ACTOR, lora=LoRA())},
+            r"reference_eta = 0\.5: the reference is the base of the actor's adapters, .* train the actor without lora",
         ),
         ({"run": RunOptions(workers=5)}, r"run\.workers = 5: the layouts ask for 6 "),
         ({"run": RunOptions(evaluate_every=2)}, r"run\.evaluate_every = 2: there is nothing to evaluate on"),
@@ -166,6 +172,29 @@ def test_the_reference_moves_towards_the_actor_after_each_training(reference):
     hooks = {call.name: (call.pre_hooks, call.post_hooks) for call in compiled.training.graph.model_calls}
     move = Reshard(source="actor", target="reference", eta=0.3)
     assert hooks == {"generate": ((), ()), "reference": ((), ()), "train": ((), (move,))}
+
+
+@pytest.mark.parametrize(
+    ("fields", "owner"),
+    [
+        ({}, "actor"),
+        ({"reference": ACTOR}, "actor"),
+        ({"reference": replace(ACTOR, layout=replace(ACTOR.layout, recompute=True))}, "actor"),
+        ({"reference": OTHER}, None),
+        ({"reference": replace(ACTOR, layout=Layout(dp=3, pp=2))}, None),
+        ({"reference": replace(ACTOR, dtype=Precision.BFLOAT16)}, None),
+        ({"reference": replace(ACTOR, lora=LoRA(path="l"))}, None),
+        ({"reference_apart": True}, None),
+        ({"actor": ACTOR}, None),
+        ({"actor": replace(ACTOR, trainable=("norm",))}, None),
+    ],
+)
+def test_the_reference_of_an_actor_with_adapters_is_its_base_and_has_no_weights_of_its_own(fields, owner):
+    compiled = grpo(**{"kl_coefficient": 0.1, "actor": replace(ACTOR, lora=LoRA()), **fields}).compile()
+    assert compiled.owner_of("reference") == owner
+    assert compiled.owner_of("actor") is None
+    if "reference" not in fields:
+        assert compiled.models["reference"].model == ACTOR
 
 
 def test_the_reference_stays_by_default():

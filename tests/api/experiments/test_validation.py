@@ -11,7 +11,7 @@ from trainmaster.api.algorithms import (
     PolicyLoss,
     SupervisedLoss,
 )
-from trainmaster.api.config import Dataset, Layout, Model, Optimizer, RunOptions
+from trainmaster.api.config import Dataset, Layout, LoRA, Model, Optimizer, RunOptions
 from trainmaster.api.errors import ConfigError
 from trainmaster.api.experiments.base import CompiledExperiment, FedGraph, PlacedModel
 from trainmaster.api.functions import RewardFunction
@@ -209,6 +209,18 @@ def test_a_hook_fits_its_models(hook: Reshard | Offload, models: dict[str, Place
         hook = replace(hook, source="source")
     with pytest.raises(ConfigError, match=rf"graph g, call train, {place}, {message}"):
         compiled(train(**{place: (hook,)}, minibatch_size=8), **models)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trainable": ("norm",)}, r"reference\.trainable = \('norm',\): this model is not trained\. Leave it out"),
+        ({"lora": LoRA()}, r"reference\.lora\.path = None: .* adapters that begin here would change nothing"),
+    ],
+)
+def test_what_is_trained_is_said_of_models_that_are(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compiled(train(), reference=replace(FROZEN, model=replace(FROZEN.model, **fields)))
 
 
 def test_evaluations_are_checked_too():

@@ -9,20 +9,26 @@ The graph is GRPO's with a reference on the actor's workers, dp = workers / 8 an
 worker and step in groups of 8; one minibatch, 8 microbatches. Each size runs in a master process of its own, on one
 core.
 
-`step_cpu_s`               processor time of a step, all threads of the master, ZeroMQ's too; the median of steps after
-                           the first; less what heartbeats take in the time that it took
-`heartbeats_cpu_s_per_10s` processor time of ten seconds in which nothing is asked: heartbeats and pings, ours and
-                           ZeroMQ's, at a run's default deadlines
-`master_share`             (`step_cpu_s` + `heartbeats_cpu_s_per_10s`) / 10: the part of a core that the master needs if
-                           a step takes ten seconds; `without_heartbeats` is `step_cpu_s` / 10
-`parts`                    of one more step, with timers around functions, which themselves cost some 2 us a call:
-                           planning, encoding, sending, receiving (sockets, links, futures), decoding, zeromq (its own
-                           threads), executor (the rest of the event loop: executor, buffer, storage, asyncio);
-                           heartbeats of its time are in them
-`messages`, `megabytes`    that were sent and received in that step; heartbeats and pings of its time too
-`blocked_s`                the longest time in that step in which the event loop attended to nothing else
-`step_s`                   how long a step took beside simulators on the other cores: for orientation only
-`registered_s`             how long it took until all workers had connected and registered
+`master_share`   the processor time, of all threads of the master, that ten seconds with one step in them take, as a
+                 part of one core: all four figures of the table below, over 10
+`loop_share`     the same of the event loop's thread alone, the first column: executor, buffer, planner, codec, and all
+                 Python there is. That is what limits the master: ZeroMQ's threads can have other cores
+
+                                      the event loop's thread        ZeroMQ's own threads
+    a step, without heartbeats        `step_loop_s`                  `step_zeromq_s`
+    ten seconds of nothing else       `heartbeats_loop_s_per_10s`    `heartbeats_zeromq_s_per_10s`
+
+The first row is the median of steps after the first, each less what the second row says of the time that it took. The
+second is heartbeats and pings, ours and ZeroMQ's, at a run's default deadlines, while nothing is asked. `step_cpu_s`
+and `heartbeats_cpu_s_per_10s` are the sums of the rows.
+
+`parts`          of one more step, with timers around functions, which themselves cost some 2 us a call: planning,
+                 encoding, sending, receiving (sockets, links, futures), decoding, executor (the rest of the event
+                 loop: executor, buffer, storage, asyncio), zeromq (its own threads); heartbeats of its time are in them
+`messages`, `megabytes`   that were sent and received in that step; heartbeats and pings of its time too
+`blocked_s`      the longest time in that step in which the event loop attended to nothing else
+`step_s`         how long a step took beside simulators on the other cores: for orientation only
+`registered_s`   how long it took until all workers had connected and registered
 
 What is not measured: the workers' own side; redistributions and anything else that workers do among themselves;
 checkpoints, evaluation, metrics, logs and the health server; encryption (there are no keys); a network with loss or
@@ -54,10 +60,9 @@ from typing import Any  # of functions that are timed, any; and what JSON holds
 from unittest.mock import patch
 
 import control_plane_workers as simulated
-from trainmaster.api import balance
 from trainmaster.api.experiment_file import LoadedExperiment
 from trainmaster.api.experiments.base import CompiledExperiment
-from trainmaster.system import redistribution
+from trainmaster.system import redistribution, requests
 from trainmaster.system.cluster import Cluster
 from trainmaster.system.executor import Executor
 from trainmaster.system.master import collect_rarely
@@ -73,10 +78,12 @@ BARS = {"master_share_at_1024": 0.05}
 TICK_S = 0.002
 PARTS = ("planning", "encoding", "sending", "receiving", "decoding", "zeromq", "executor")
 COLUMNS = (
-    "step_cpu_s",
-    "heartbeats_cpu_s_per_10s",
     "master_share",
-    "without_heartbeats",
+    "loop_share",
+    "step_loop_s",
+    "step_zeromq_s",
+    "heartbeats_loop_s_per_10s",
+    "heartbeats_zeromq_s_per_10s",
     "blocked_s",
     "messages",
     "megabytes",
@@ -168,29 +175,48 @@ def loaded(compiled: CompiledExperiment) -> LoadedExperiment:
     )
 
 
+class Meter:
+    """Processor time from now on, of this thread, which is the event loop's, and of all others, which are ZeroMQ's."""
+
+    def __init__(self) -> None:
+        self._wall_s, self._all_s, self._loop_s = time.perf_counter(), time.process_time(), time.thread_time()
+
+    def read(self) -> tuple[float, float, float]:
+        """Seconds that passed, of the loop's thread, and of ZeroMQ's."""
+        loop_s = time.thread_time() - self._loop_s
+        return time.perf_counter() - self._wall_s, loop_s, time.process_time() - self._all_s - loop_s
+
+
 async def measure(num_workers: int, num_steps: int, idle_s: float) -> dict[str, Any]:
     async with training(num_workers) as (step, registered_s):
         await step()  # warm
         await asyncio.sleep(1.0)
-        cpu_s, start_s = time.process_time(), time.perf_counter()
+        meter = Meter()
         await asyncio.sleep(idle_s)
-        heartbeats = (time.process_time() - cpu_s) / (time.perf_counter() - start_s)
-        steps, walls = [], []
+        passed_s, loop_s, zeromq_s = meter.read()
+        idle_loop, idle_zeromq = loop_s / passed_s, zeromq_s / passed_s
+        readings = []
         for _ in range(num_steps):
-            cpu_s, start_s = time.process_time(), time.perf_counter()
+            meter = Meter()
             await step()
-            walls.append(time.perf_counter() - start_s)
-            steps.append(time.process_time() - cpu_s - heartbeats * walls[-1])
+            readings.append(meter.read())
         profile = await profiled(step)
-    step_cpu_s = statistics.median(steps)
+    figures = {
+        "step_loop_s": statistics.median(loop_s - idle_loop * passed_s for passed_s, loop_s, _ in readings),
+        "step_zeromq_s": statistics.median(zeromq_s - idle_zeromq * passed_s for passed_s, _, zeromq_s in readings),
+        "heartbeats_loop_s_per_10s": idle_loop * STEP_S,
+        "heartbeats_zeromq_s_per_10s": idle_zeromq * STEP_S,
+    }
+    loop_s = figures["step_loop_s"] + figures["heartbeats_loop_s_per_10s"]
     return {
         "workers": num_workers,
         "sequences": num_workers * simulated.SEQUENCES_PER_WORKER,
-        "step_cpu_s": step_cpu_s,
-        "heartbeats_cpu_s_per_10s": heartbeats * STEP_S,
-        "master_share": (step_cpu_s + heartbeats * STEP_S) / STEP_S,
-        "without_heartbeats": step_cpu_s / STEP_S,
-        "step_s": statistics.median(walls),
+        "master_share": sum(figures.values()) / STEP_S,
+        "loop_share": loop_s / STEP_S,
+        "step_cpu_s": figures["step_loop_s"] + figures["step_zeromq_s"],
+        "heartbeats_cpu_s_per_10s": figures["heartbeats_loop_s_per_10s"] + figures["heartbeats_zeromq_s_per_10s"],
+        **figures,
+        "step_s": statistics.median(passed_s for passed_s, _, _ in readings),
         "registered_s": registered_s,
         **profile,
     }
@@ -239,7 +265,8 @@ async def profiled(step: Callable[[], Any]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for part, owner, name, function in (
             ("planning", redistribution, "plan_redistribution", None),
-            ("planning", balance, "plan_microbatches", None),
+            ("planning", requests, "cut", None),
+            ("planning", requests, "read_by", None),
             ("encoding", codec, "encode_body", None),
             ("decoding", codec, "decode_body", None),
             ("sending", Port, "send", counted(Port.send, 2)),
@@ -333,7 +360,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(measure(options.one, options.steps, options.idle_seconds))))
         return
     rows = [run_size(num_workers, options) for num_workers in options.workers]
-    shares = {f"master_share_at_{row['workers']}": row["master_share"] for row in rows}
+    shares = {f"{name}_at_{row['workers']}": row[name] for name in ("master_share", "loop_share") for row in rows}
     machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     if options.json:
         print(json.dumps({**shares, "sizes": rows, "steps": options.steps, "machine": machine}))

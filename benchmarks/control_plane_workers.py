@@ -68,6 +68,7 @@ from trainmaster.system.rpc.messages import (
     Shutdown,
     Success,
     Welcome,
+    seldomness,
 )
 from trainmaster.system.rpc.port import io_threads
 
@@ -136,7 +137,7 @@ class SimulatedWorker:
         return self.welcome.rank % STAGES
 
     def begin(self, welcome: Welcome) -> None:
-        self.welcome, self.link = welcome, Link()
+        self.welcome, self.link = welcome, Link(seldomness(welcome.num_workers))
 
     def heartbeat(self, now_s: float) -> Message:
         if self.welcome is None:
@@ -241,6 +242,8 @@ class Swarm:
             self._socket.setsockopt(zmq.CONNECT_ROUTING_ID, route)
             self._socket.connect(address)
         start_s, step_s = time.monotonic(), HEARTBEAT_S / len(self._workers)
+        self._unasked_s = HEARTBEAT_S * (2 * seldomness(num_workers) - 1)
+        """After which a heartbeat comes by itself, as a `Client`'s does."""
         self._beats = deque((start_s + at * step_s, route) for at, route in enumerate(self._workers))
         """When each looks whether it has anything to say of its own, in that order."""
         self._num_left = len(places)
@@ -256,7 +259,7 @@ class Swarm:
                 due_s, route = self._beats.popleft()
                 self._beats.append((due_s + HEARTBEAT_S, route))
                 worker = self._workers[route]
-                if now_s - worker.said_s > HEARTBEAT_S:
+                if now_s - worker.said_s > (HEARTBEAT_S if worker.welcome is None else self._unasked_s):
                     self._beat(route, worker)
                 self._flush(route, worker)
             if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # its descriptor tells of each arrival once

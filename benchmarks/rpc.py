@@ -137,7 +137,7 @@ def worker_processes(target: Callable[..., None], *arguments: object) -> Iterato
 class EchoHandlers:
     """What a worker of a run has in `workers.handlers`, without models."""
 
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: Command, step: int = 0) -> Result:
         assert isinstance(command, Echo), "nothing else is asked"
         return Echoed(text=command.text, content=command.content)
 

@@ -84,7 +84,7 @@ class CountingHandlers:
         file = folder / f"{os.getpid()}-{epoch}.executed"
         self._counts = counts_in(file)
 
-    def execute(self, command: Command) -> Result:
+    def execute(self, command: Command, step: int = 0) -> Result:
         assert isinstance(command, Echo), "nothing else is asked"
         number, _, fault = command.text.partition(" ")
         if fault == "raise":

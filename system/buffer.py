@@ -54,6 +54,7 @@ class SequenceBuffer:
     def __init__(self, graph: Graph, samples: Samples) -> None:
         self.ids = samples.ids
         self._place = {sequence: place for place, sequence in enumerate(samples.ids)}
+        self._everywhere = np.arange(len(samples))
         assert len(self._place) == len(samples), "sequences have unique ids"
         self._descendants = {call.name: graph.descendants(call.name) for call in graph.calls}
         self._columns: dict[str, _Column] = {}
@@ -77,13 +78,13 @@ class SequenceBuffer:
 
     def look(self, call: Call, start: int, stop: int) -> Samples | None:
         """The call's inputs of the sequences `start ... stop - 1`, less dropped ones; None before all are there."""
-        at = np.arange(start, min(stop, len(self.ids)))
+        at = self._everywhere[start:stop]
         if call.name in self._gone:
             at = at[~self._gone[call.name][at]]
         if not all(self._has(key, at) for key in call.inputs):
             return None
         keys = {key: self._columns[key].select(at) for key in call.inputs} if len(at) else {}
-        return Samples(ids=tuple(self.ids[place] for place in at.tolist()), keys=keys)
+        return Samples(ids=self._ids_at(at), keys=keys)
 
     def lacks(self, call: Call, sequences: Sequence[str]) -> tuple[str, str] | None:
         """The first sequence, and an output of the call that it has not."""
@@ -103,7 +104,7 @@ class SequenceBuffer:
             self._left[lost] -= ~gone[lost]
             gone[lost] = True
         assert (self._left[at] >= 0).all(), "a call reads a sequence once"
-        return tuple(self.ids[place] for place in at[self._left[at] == 0].tolist())
+        return self._ids_at(at[self._left[at] == 0])
 
     def num_gone(self, call: Call) -> int:
         """Sequences that were dropped before the call could read them."""
@@ -114,5 +115,13 @@ class SequenceBuffer:
             return True
         return key in self._columns and not (self._columns[key].part[at] == ABSENT).any()
 
+    def _ids_at(self, at: Places) -> tuple[str, ...]:
+        """The same object for all of them, in their order: whoever reads all can know it again."""
+        if len(at) == len(self.ids) and (at == self._everywhere).all():
+            return self.ids
+        return tuple([self.ids[place] for place in at.tolist()])
+
     def _places(self, sequences: Iterable[str]) -> Places:
+        if sequences is self.ids:
+            return self._everywhere
         return np.fromiter((self._place[sequence] for sequence in sequences), np.int64)

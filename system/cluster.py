@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from ..api.errors import ConfigError
@@ -21,9 +21,11 @@ from .rpc.commands import (
     ModelLoaded,
     OpenDataset,
     OpenFunction,
+    Result,
     StoreAddress,
 )
 from .rpc.messages import Register, Welcome
+from .rpc.peer import Asked
 from .rpc.server import Server
 from .service.addresses import is_loopback
 
@@ -90,10 +92,10 @@ class Cluster:
 
         self.server.welcome(welcome)
         if len(workers) > 1:
-            (store,) = await self._ask("open the store", [(0, HostStore())])
+            store = (await self._ask("open the store", {0: HostStore()}))[0]
             assert isinstance(store, StoreAddress), "HostStore is answered by StoreAddress"
             join = JoinGroups(store_host=store.host, store_port=store.port)
-            await self._ask("form process groups", [(rank, join) for rank in range(len(workers))])
+            await self._ask("form process groups", dict.fromkeys(range(len(workers)), join))
         return workers
 
     async def load_models(self, num_steps: int) -> dict[str, int]:
@@ -103,45 +105,46 @@ class Cluster:
         are in.
         """
         models, graph = self._loaded.compiled.models, self._loaded.compiled.training.graph
-        requests: list[tuple[int, Command]] = [
-            (rank, LoadModel(model=role, num_optimizer_steps=num_steps * optimizer_steps(graph, role)))
-            for role, placed in models.items()
-            for rank in placed.ranks
+        commands = {
+            role: LoadModel(model=role, num_optimizer_steps=num_steps * optimizer_steps(graph, role)) for role in models
+        }
+        asked = [
+            self._submit("load models", dict.fromkeys(placed.ranks, commands[role])) for role, placed in models.items()
         ]
-        results = await self._ask("load models", requests)
         num_parameters = dict.fromkeys(models, 0)
-        groups_used: dict[str, set[int]] = {role: set() for role in models}
-        for (rank, command), result in zip(requests, results, strict=True):
-            assert isinstance(command, LoadModel), "built above"
-            assert isinstance(result, ModelLoaded), "LoadModel is answered by ModelLoaded"
-            num_parameters[command.model] += result.num_parameters
-            groups_used[command.model].update(result.groups_used)
-            if result.reads_tokens:
-                self.token_readers.setdefault(command.model, set()).add(rank)
-        for role, placed in models.items():
-            check_groups(placed, groups_used[role])
+        for (role, placed), answers in zip(models.items(), await settle(self.server, *asked), strict=True):
+            groups_used: set[int] = set()
+            for rank, answer in answers.items():
+                loaded = answer.success.result
+                assert isinstance(loaded, ModelLoaded), "LoadModel is answered by ModelLoaded"
+                num_parameters[role] += loaded.num_parameters
+                groups_used.update(loaded.groups_used)
+                if loaded.reads_tokens:
+                    self.token_readers.setdefault(role, set()).add(rank)
+            check_groups(placed, groups_used)
         return {role: total // models[role].model.layout.dp for role, total in num_parameters.items()}
 
     async def open_dataset(self, fed: FedGraph) -> DatasetOpened:
         """Has the data worker read and check the dataset of a graph."""
-        (opened,) = await self._ask(f"open {fed.dataset_field}", [(DATA_RANK, OpenDataset(graph=fed.graph.name))])
+        answers = await self._ask(f"open {fed.dataset_field}", {DATA_RANK: OpenDataset(graph=fed.graph.name)})
+        opened = answers[DATA_RANK]
         assert isinstance(opened, DatasetOpened), "OpenDataset is answered by DatasetOpened"
         return opened
 
     async def open_functions(self) -> None:
         """Has the data worker start the processes of all function calls."""
-        requests: list[tuple[int, Command]] = [
-            (DATA_RANK, OpenFunction(graph=name, call=call.name))
+        asked = [
+            self._submit("start functions", {DATA_RANK: OpenFunction(graph=name, call=call.name)})
             for name, fed in self._loaded.compiled.graphs.items()
             for call in fed.graph.function_calls
         ]
-        if requests:
-            await self._ask("start functions", requests)
+        if asked:
+            await settle(self.server, *asked)
 
-    async def _ask(self, name: str, requests: Sequence[tuple[int, Command]]) -> list[object]:
-        futures = [
-            self.server.submit(rank, command, name=name, deadline_s=self._run.deadlines.setup_s)
-            for rank, command in requests
-        ]
-        answers = await settle(self.server, futures)
-        return [answer.success.result for answer in answers]
+    async def _ask(self, name: str, commands: Mapping[int, Command]) -> dict[int, Result]:
+        """What each worker answers, by rank."""
+        (answers,) = await settle(self.server, self._submit(name, commands))
+        return {rank: answer.success.result for rank, answer in answers.items()}
+
+    def _submit(self, name: str, commands: Mapping[int, Command]) -> Asked:
+        return self.server.ask(commands, name=name, deadline_s=self._run.deadlines.setup_s)

@@ -181,9 +181,10 @@ class Dataflow:
         self._moved.append(firing)
         return self._go_on()
 
-    def produced(self, firing: Firing, outputs: Samples) -> list[Action]:
+    def produced(self, firing: Firing, *outputs: Samples) -> list[Action]:
         """Some of the firing's sequences have some of the call's outputs."""
-        self._traversals[firing.step].buffer.amend(outputs)
+        for each in outputs:
+            self._traversals[firing.step].buffer.amend(each)
         return self._go_on()
 
     def finished(self, firing: Firing, outputs: Samples | None = None, dropped: Sequence[str] = ()) -> list[Action]:

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, compress
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy.typing as npt
 from ..api.batch import KeyColumn, Samples
 from ..api.errors import RunError
 from .rpc.parcels import KeyType
-from .storage import NO_ROW, Numbers, Storage
+from .storage import NO_ROW, Numbers, Storage, spans, starts_of_runs
 
 Masks = npt.NDArray[np.uint64]
 Codes = TypeVar("Codes", Numbers, npt.NDArray[np.int32])
@@ -33,19 +35,20 @@ class Places:
 
     def __init__(self, hosts: Sequence[str], num_ranks: int) -> None:
         """`hosts` by rank; workers beyond are together on another."""
-        members: dict[str, list[int]] = {}
-        for rank in range(num_ranks):
-            members.setdefault(hosts[rank] if rank < len(hosts) else "", []).append(rank)
-        parts = [ranks[at : at + NUM_SLOTS] for ranks in members.values() for at in range(0, len(ranks), NUM_SLOTS)]
-        self.num_ranks, self.num_places = num_ranks, len(parts)
-        self.num_slots = max(map(len, parts), default=0)
+        numbers: dict[str, int] = {}
+        names = [hosts[rank] if rank < len(hosts) else "" for rank in range(num_ranks)]
+        host = np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int64)
+        sizes = np.bincount(host)
+        seat = np.empty(num_ranks, np.int64)  # on its host
+        seat[np.argsort(host, kind="stable")] = spans(np.zeros_like(sizes), sizes)
+        parts = -(-sizes // NUM_SLOTS)
+        self.place, self.slot = (np.cumsum(parts) - parts)[host] + seat // NUM_SLOTS, seat % NUM_SLOTS
+        """`[rank]`"""
+        self.num_ranks, self.num_places = num_ranks, int(parts.sum())
+        self.num_slots = int(self.slot.max(initial=-1)) + 1
         self.ranks = np.full((self.num_places, self.num_slots), num_ranks)
         """`[place, slot]`; `num_ranks` where there is no worker."""
-        self.place, self.slot = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
-        """`[rank]`"""
-        for place, ranks in enumerate(parts):
-            self.ranks[place, : len(ranks)] = ranks
-            self.place[ranks], self.slot[ranks] = place, np.arange(len(ranks))
+        self.ranks[self.place, self.slot] = np.arange(num_ranks)
 
     def bits(self, ranks: Numbers) -> Masks:
         return np.uint64(1) << self.slot[ranks].astype(np.uint64)
@@ -106,7 +109,7 @@ def demand_of(needs: Needs, storage: Storage, hosts: Sequence[str]) -> Demand:
     places = Places(hosts, max(len(hosts), storage.num_ranks, *(rank + 1 for rank in needs), 0))
     codes, masks = _entries(shares, wanted, places)
     entry_cells, entry_places = split(codes, places.num_places)
-    first = np.flatnonzero(np.diff(entry_cells, prepend=-1))
+    first = starts_of_runs(entry_cells)
     num_holders, holders = _holders(entry_cells[first], cells, storage)
     if not num_holders.all():
         _refuse(shares, storage)
@@ -143,38 +146,43 @@ def _shares(needs: Needs) -> list[_Share]:
 
 def _number(shares: list[_Share], storage: Storage) -> tuple[Cells, list[Numbers]]:
     """All cells, and those that each share wants."""
-    ids: list[str] = []
-    number = np.full(storage.num_rows, NO_ROW)
-    positions: list[Numbers] = []
+    blocks = {id(share.samples): share.samples for share in shares}
+    ids = list(chain.from_iterable(samples.ids for samples in blocks.values()))
+    rows = storage.rows(ids)
+    if (rows == NO_ROW).any() or any(not share.samples.keys.keys() >= set(share.keys) for share in shares):
+        _refuse(shares, storage)
+    first = np.full(storage.num_rows, NO_ROW)
+    first[rows[::-1]] = np.arange(len(ids))[::-1]
+    is_first = first[rows] == np.arange(len(ids))
+    numbers = (np.cumsum(is_first) - 1)[first[rows]]
+    ends = np.cumsum([len(samples) for samples in blocks.values()], dtype=np.int64)
+    positions = dict(zip(blocks, np.split(numbers, ends[:-1]), strict=False))  # none of none
+    return _describe(tuple(compress(ids, is_first.tolist())), shares, positions)
+
+
+def _describe(
+    ids: tuple[str, ...], shares: list[_Share], positions: Mapping[int, Numbers]
+) -> tuple[Cells, list[Numbers]]:
+    """`positions`: the places of samples among `ids`, by the identity of their object."""
+    columns: dict[tuple[int, str, str, tuple[int, ...]], dict[int, KeyColumn]] = {}
+    """By type, and by the samples' identity."""
     for share in shares:
-        rows = storage.rows(share.samples.ids)
-        if (rows == NO_ROW).any() or not share.samples.keys.keys() >= set(share.keys):
-            _refuse(shares, storage)
-        new = np.flatnonzero(number[rows] == NO_ROW)
-        number[rows[new]] = np.arange(len(ids), len(ids) + len(new))
-        ids += [share.samples.ids[position] for position in new.tolist()]
-        positions.append(number[rows])
-    return _describe(tuple(ids), shares, positions)
-
-
-def _describe(ids: tuple[str, ...], shares: list[_Share], positions: list[Numbers]) -> tuple[Cells, list[Numbers]]:
-    types = sorted({_type_of(key, share.samples.keys[key]) for share in shares for key in share.keys})
+        for key in share.keys:
+            column = share.samples.keys[key]
+            columns.setdefault(_type_of(key, column), {})[id(share.samples)] = column
+    types = sorted(columns)
     first = {each: place * len(ids) for place, each in enumerate(types)}
     size_bytes, starts = (np.zeros(len(ids) * len(types), np.int64) for _ in range(2))
     counts = np.ones_like(starts)
-    lengths, num_lengths, wanted = [np.zeros(0, np.int32)], 0, []
-    for share, numbers in zip(shares, positions, strict=True):
-        mine = []
-        for key in share.keys:
-            column = share.samples.keys[key]
-            cells = first[_type_of(key, column)] + numbers
-            size_bytes[cells] = column.sizes * _width(column.dtype) * math.prod(column.trailing)
-            counts[cells] = 1 if column.counts is None else column.counts
-            starts[cells] = num_lengths + np.cumsum(counts[cells]) - counts[cells]
-            lengths.append(column.lengths)
-            num_lengths += len(column.lengths)
-            mine.append(cells)
-        wanted.append(np.concatenate(mine))
+    lengths, num_lengths = [np.zeros(0, np.int32)], 0
+    for each in types:
+        column = KeyColumn.gather(list(columns[each].values()))
+        cells = first[each] + np.concatenate([positions[samples] for samples in columns[each]])
+        size_bytes[cells] = column.sizes * _width(column.dtype) * math.prod(column.trailing)
+        counts[cells] = 1 if column.counts is None else column.counts
+        starts[cells] = num_lengths + np.cumsum(counts[cells]) - counts[cells]
+        lengths.append(column.lengths)
+        num_lengths += len(column.lengths)
     table = Cells(
         ids=ids,
         keys=tuple(KeyType(name=name, dtype=dtype, trailing=trailing) for _, name, dtype, trailing in types),
@@ -183,7 +191,12 @@ def _describe(ids: tuple[str, ...], shares: list[_Share], positions: list[Number
         starts=starts,
         lengths=np.concatenate(lengths),
     )
-    return table, wanted
+    return table, [
+        np.concatenate(
+            [first[_type_of(key, share.samples.keys[key])] + positions[id(share.samples)] for key in share.keys]
+        )
+        for share in shares
+    ]
 
 
 def _type_of(key: str, column: KeyColumn) -> tuple[int, str, str, tuple[int, ...]]:
@@ -191,6 +204,7 @@ def _type_of(key: str, column: KeyColumn) -> tuple[int, str, str, tuple[int, ...
     return -_width(column.dtype), key, column.dtype, column.trailing
 
 
+@lru_cache
 def _width(dtype: str) -> int:
     """Bytes: the bits stand in the name of every torch type but `bool`."""
     bits = re.search(r"\d+", dtype)
@@ -205,17 +219,23 @@ def _holders(needed: Numbers, cells: Cells, storage: Storage) -> tuple[Numbers, 
 
 def _entries(shares: list[_Share], wanted: list[Numbers], places: Places) -> tuple[Numbers, Masks]:
     """Pairs of a cell and a place that needs it, as `cell * num_places + place`, ascending; and who needs it there."""
-    parts: list[tuple[Numbers, np.uint64]] = []
-    for share, mine in zip(shares, wanted, strict=True):
-        ranks = np.asarray(share.ranks)
-        bits = places.bits(ranks)
-        for place in np.unique(places.place[ranks]).tolist():
-            mask = np.bitwise_or.reduce(bits[places.place[ranks] == place])
-            parts.append((mine * places.num_places + place, mask))
-    tagged = [codes * len(parts) + at for at, (codes, _) in enumerate(parts)]  # sorts many times faster than an index
-    codes, at = split(np.sort(np.concatenate([np.zeros(0, np.int64), *tagged])), len(parts))
-    masks = np.fromiter((mask for _, mask in parts), np.uint64)[at]
-    first = np.flatnonzero(np.diff(codes, prepend=-1))
+    if not shares:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    ranks = np.concatenate([share.ranks for share in shares])
+    teams = np.repeat(np.arange(len(shares)), [len(share.ranks) for share in shares])
+    teams = teams * places.num_places + places.place[ranks]  # who needs a share at one place
+    order = np.argsort(teams, kind="stable")
+    first = starts_of_runs(teams[order])
+    team_masks = np.bitwise_or.reduceat(places.bits(ranks)[order], first)
+    share, place = split(teams[order][first], places.num_places)
+    counts = np.asarray([len(mine) for mine in wanted])
+    num_wanted = counts[share]
+    cells = np.concatenate(wanted)[spans((np.cumsum(counts) - counts)[share], num_wanted)]
+    codes = cells * places.num_places + np.repeat(place, num_wanted)
+    tags = np.repeat(np.arange(len(share)), num_wanted)  # sorted along: many times faster than an index
+    codes, tags = split(np.sort(codes * len(share) + tags), len(share))
+    masks = team_masks[tags]
+    first = starts_of_runs(codes)
     if len(first) < len(codes):
         masks = np.bitwise_or.reduceat(masks, first)
     return codes[first], masks

@@ -8,33 +8,33 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..api.errors import PeerLost, RemoteError
-from .rpc.peer import Answer
+from .rpc.peer import Answer, Asked
 from .rpc.server import Server
 
 _CAUSE_GRACE_S = 3.0
 
 
-async def settle(server: Server, futures: Sequence[asyncio.Future[Answer]]) -> list[Answer]:
-    """Waits for all answers, in order. At the first failure, raises its cause.
+async def settle(server: Server, *asked: Asked) -> list[dict[int, Answer]]:
+    """Waits for all answers, of each by rank. At the first failure, raises its cause.
 
     When one worker dies, its neighbours fail too, and often report first: "connection closed by peer" is a symptom. So
     before such an error is raised, the worker that caused it gets a moment to be found out.
     """
     try:
-        await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
-        errors = _errors(futures)
+        await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
+        errors = _errors(asked)
         if errors and all(_is_symptom(error) for error in errors):
             server.probe()
-            await _wait_for_cause(server, futures)
-            errors = _errors(futures)
+            await _wait_for_cause(server, asked)
+            errors = _errors(asked)
         if errors:
             if server.lost.done():
                 server.lost.result()
             raise min(errors, key=_is_symptom)
-        return [future.result() for future in futures]
+        return [each.answers for each in asked]
     finally:
-        for future in futures:
-            future.cancel()
+        for each in asked:
+            each.cancel()
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -57,21 +57,18 @@ def located(server: Server, where: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-async def _wait_for_cause(server: Server, futures: Sequence[asyncio.Future[Answer]]) -> None:
+async def _wait_for_cause(server: Server, asked: Sequence[Asked]) -> None:
     deadline_s = asyncio.get_running_loop().time() + _CAUSE_GRACE_S
-    while not server.lost.done() and all(_is_symptom(error) for error in _errors(futures)):
-        waiting: list[asyncio.Future[Any]] = [
-            future for future in futures if not future.done()
-        ]  # Any: answers, or a loss
+    while not server.lost.done() and all(_is_symptom(error) for error in _errors(asked)):
         left_s = deadline_s - asyncio.get_running_loop().time()
         if left_s <= 0:
             return
-        await asyncio.wait([*waiting, server.lost], timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        news: list[asyncio.Future[Any]] = [each.news() for each in asked if not each.is_settled]  # Any: nothing
+        await asyncio.wait([*news, server.lost], timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _errors(futures: Sequence[asyncio.Future[Answer]]) -> list[BaseException]:
-    done = [future.exception() for future in futures if future.done() and not future.cancelled()]
-    return [error for error in done if error is not None]
+def _errors(asked: Sequence[Asked]) -> list[Exception]:
+    return [error for each in asked for error in each.errors]
 
 
 def _is_symptom(error: BaseException) -> bool:

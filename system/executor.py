@@ -15,6 +15,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from types import MappingProxyType, TracebackType
 from typing import Self, assert_never
 
@@ -28,7 +29,7 @@ from .requests import Shares, cut, read_by
 from .rpc.commands import CallDone, CallFunction, CallModel, Command, FunctionDone, Hook, Save, ShardFile
 from .rpc.commands import Release as ReleaseCommand
 from .rpc.messages import Lane
-from .rpc.peer import Answer
+from .rpc.peer import Answer, Asked
 from .rpc.server import Server
 from .storage import Storage
 from .traversal import Traversal, longest
@@ -135,15 +136,15 @@ class Executor:
             self._cuts[firing] = cut(call, firing.samples, self._compiled.models[call.model])
             reads = read_by(self._cuts[firing])
         self._num_redistributions += 1
-        needs = {rank: (samples, keys) for rank, samples in reads.items() if (keys := self._keys(call, rank))}
+        needs = self._needs(call, reads)
         hosts = [peer.register.host for peer in self._server.roster.by_rank]
         moves = plan_redistribution(needs, self._storage, tag=self._num_redistributions % 2**30, hosts=hosts)
         if not moves:
             self._obey(self._flow.moved(firing))
             return
         name = f"data for {call.name}"
-        futures = [self._submit(rank, move, firing.step, name, Lane.TRANSFER) for rank, move in moves.items()]
-        self._begin(firing, self._wait_for_move(firing, futures, [(r, s.only(keys)) for r, (s, keys) in needs.items()]))
+        asked = self._ask(moves, firing.step, name, Lane.TRANSFER)
+        self._begin(firing, self._wait_for_move(firing, asked, [(r, s.only(keys)) for r, (s, keys) in needs.items()]))
 
     def _start(self, firing: Firing, lag: int) -> None:
         call, step = firing.call, self._steps[firing.step]
@@ -156,11 +157,9 @@ class Executor:
         self._begin(firing, self._run_model(firing, call, self._cuts.pop(firing), save))
 
     def _release(self, sequences: tuple[str, ...]) -> None:
-        futures = [
-            self._submit(rank, ReleaseCommand(ids=ids), 0, "release", Lane.TRANSFER)
-            for rank, ids in self._storage.release(sequences).items()
-        ]
-        self._group.create_task(settle(self._server, futures), name="release")
+        commands = {rank: ReleaseCommand(ids=ids) for rank, ids in self._storage.release(sequences).items()}
+        asked = self._ask(commands, 0, "release", Lane.TRANSFER)
+        self._group.create_task(settle(self._server, asked), name="release")
 
     def _complete(self, complete: Complete) -> None:
         step = self._steps.pop(complete.step)
@@ -176,13 +175,11 @@ class Executor:
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
-    async def _wait_for_move(
-        self, firing: Firing, futures: list[asyncio.Future[Answer]], arrived: list[tuple[int, Samples]]
-    ) -> None:
-        answers = await settle(self._server, futures)
+    async def _wait_for_move(self, firing: Firing, asked: Asked, arrived: list[tuple[int, Samples]]) -> None:
+        (answers,) = await settle(self._server, asked)
         for rank, samples in arrived:
             self._storage.add(rank, samples)
-        self._steps[firing.step].traversal.add_seconds(firing.call.name, longest(answers))
+        self._steps[firing.step].traversal.add_seconds(firing.call.name, longest(answers.values()))
         self._obey(self._flow.moved(firing))
 
     async def _run_model(
@@ -201,13 +198,12 @@ class Executor:
         ]
         try:
             for request in requests:
-                answers = dict(zip(request, await settle(self._server, list(request.values())), strict=True))
+                (answers,) = await settle(self._server, request)
                 traversal.add_request(call, answers)
                 self._take_outputs(firing, answers)
         finally:
             for request in requests:
-                for future in request.values():
-                    future.cancel()
+                request.cancel()
         self._obey(self._flow.finished(firing))
 
     def _request(
@@ -218,7 +214,7 @@ class Executor:
         save: Save | None,
         is_first: bool,
         is_last: bool,
-    ) -> dict[int, asyncio.Future[Answer]]:
+    ) -> Asked:
         """One minibatch, to each worker of the model its own share."""
         before = call.pre_hooks if is_first else ()
         after: tuple[Hook, ...] = call.post_hooks if is_last else ()
@@ -227,26 +223,27 @@ class Executor:
             id(share): CallModel(graph=self._graph.name, call=call.name, samples=share.samples, sizes=share.sizes)
             for share in shares.values()
         }  # the stages of a replica are sent the same
-        name = f"call {call.name}"
-        return {
-            rank: self._submit(rank, commands[id(share)], firing.step, name, pre_hooks=before, post_hooks=after)
-            for rank, share in shares.items()
-        }
+        by_rank = {rank: commands[id(share)] for rank, share in shares.items()}
+        return self._ask(by_rank, firing.step, f"call {call.name}", Lane.COMPUTE, before, after)
 
     def _take_outputs(self, firing: Firing, answers: Mapping[int, Answer]) -> None:
+        outputs = []
         for rank, answer in answers.items():
             result = answer.success.result
             if isinstance(result, CallDone) and result.outputs is not None:
                 self._storage.add(rank, result.outputs)
-                self._obey(self._flow.produced(firing, result.outputs))
+                outputs.append(result.outputs)
+        if outputs:
+            self._obey(self._flow.produced(firing, *outputs))
 
     async def _run_function(self, firing: Firing, call: FunctionCall) -> None:
         if not firing.samples.ids:
             self._obey(self._flow.finished(firing))
             return
         command = CallFunction(graph=self._graph.name, call=call.name, samples=firing.samples)
-        future = self._submit(DATA_RANK, command, firing.step, f"call {call.name}", Lane.FUNCTION)
-        (answer,) = await settle(self._server, [future])
+        asked = self._ask({DATA_RANK: command}, firing.step, f"call {call.name}", Lane.FUNCTION)
+        (answers,) = await settle(self._server, asked)
+        answer = answers[DATA_RANK]
         done = answer.success.result
         assert isinstance(done, FunctionDone), "CallFunction is answered by FunctionDone"
         self._storage.add(DATA_RANK, done.outputs)
@@ -254,35 +251,30 @@ class Executor:
         self._obey(self._flow.finished(firing, done.outputs, done.dropped))
 
     async def _save(self, step: int, call: ModelFunctionCall, save: Save, traversal: Traversal) -> None:
-        ranks = self._ranks(call)
-        nothing = ReleaseCommand(ids=())
-        futures = [
-            self._submit(rank, nothing, step, f"save of {call.name}", Lane.COMPUTE, post_hooks=(save,))
-            for rank in ranks
-        ]
-        traversal.add_request(call, dict(zip(ranks, await settle(self._server, futures), strict=True)))
+        nothing = dict.fromkeys(self._ranks(call), ReleaseCommand(ids=()))
+        asked = self._ask(nothing, step, f"save of {call.name}", Lane.COMPUTE, after=(save,))
+        (answers,) = await settle(self._server, asked)
+        traversal.add_request(call, answers)
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def _submit(
+    def _ask(
         self,
-        rank: int,
-        command: Command,
+        commands: Mapping[int, Command],
         step: int,
         name: str,
-        lane: Lane = Lane.COMPUTE,
-        pre_hooks: tuple[Hook, ...] = (),
-        post_hooks: tuple[Hook, ...] = (),
-    ) -> asyncio.Future[Answer]:
-        return self._server.submit(
-            rank,
-            command,
+        lane: Lane,
+        before: tuple[Hook, ...] = (),
+        after: tuple[Hook, ...] = (),
+    ) -> Asked:
+        return self._server.ask(
+            commands,
             name=name,
             deadline_s=self._deadline_s,
             lane=lane,
             step=step,
-            pre_hooks=pre_hooks,
-            post_hooks=post_hooks,
+            pre_hooks=before,
+            post_hooks=after,
         )
 
     def _ranks(self, call: Call) -> range:
@@ -290,14 +282,19 @@ class Executor:
             return range(DATA_RANK, DATA_RANK + 1)
         return self._compiled.models[call.model].ranks
 
-    def _keys(self, call: Call, rank: int) -> tuple[str, ...]:
-        """Which of the call's inputs the worker reads."""
+    def _needs(self, call: Call, reads: Mapping[int, Samples]) -> dict[int, tuple[Samples, tuple[str, ...]]]:
+        """By rank what it reads, and which keys of that."""
         if isinstance(call, FunctionCall):
-            return call.inputs
+            return {rank: (samples, call.inputs) for rank, samples in reads.items()}
         placed = self._compiled.models[call.model]
-        stage = (rank - placed.first_rank) % placed.model.layout.pp
-        reads_tokens = rank in self._token_readers.get(call.model, placed.ranks)
-        return keys_of_stage(call, is_last=stage + 1 == placed.model.layout.pp, reads_tokens=reads_tokens)
+        num_stages, readers = placed.model.layout.pp, self._token_readers.get(call.model, placed.ranks)
+        keys = {kind: keys_of_stage(call, *kind) for kind in product((False, True), repeat=2)}
+        needs = {}
+        for rank, samples in reads.items():
+            is_last = (rank - placed.first_rank + 1) % num_stages == 0
+            if wanted := keys[is_last, rank in readers]:
+                needs[rank] = samples, wanted
+        return needs
 
 
 def _lane(call: Call) -> Lane:

@@ -14,14 +14,14 @@ import numpy as np
 from .demand import Cells, Demand, Places, split
 from .routing import NUM_WAVES, Hops
 from .rpc.parcels import KINDS, Parcels, Redistribute, StepKind, Whole
-from .storage import Numbers, spans
+from .storage import Numbers, distinct, spans, starts_of_runs
 
 
 def parcel_out(demand: Demand, hops: Hops, tag: int) -> dict[int, Redistribute]:
     """Messages by rank, for those that send or receive."""
     plan = _parcels(demand, hops)
     messages = _Messages(plan, demand.cells)
-    return {rank: messages.message(rank, tag) for rank in np.unique(np.concatenate([plan.source, plan.peers])).tolist()}
+    return {rank: messages.message(rank, tag) for rank in distinct(np.concatenate([plan.source, plan.peers])).tolist()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +43,14 @@ class _Plan:
 
 def _parcels(demand: Demand, hops: Hops) -> _Plan:
     places, num_cells = demand.places, max(1, len(demand.cells.size_bytes))
-    masks = np.unique(hops.receivers)
+    masks = distinct(hops.receivers)
     mask = np.searchsorted(masks, hops.receivers)
     num_receivers = len(masks) * places.num_places
     codes = ((hops.source * NUM_WAVES + hops.wave) * num_receivers + mask * places.num_places + hops.place) * num_cells
     assert places.num_ranks * NUM_WAVES * num_receivers * num_cells < 2**63, "the code of a hop fits into its integer"
     codes = np.sort(codes + hops.cell)
     of_cell, cells = split(codes, num_cells)
-    first_cell = np.flatnonzero(np.diff(of_cell, prepend=-1))
+    first_cell = starts_of_runs(of_cell)
     rest, receivers = split(of_cell[first_cell], num_receivers)
     source, wave = split(rest, NUM_WAVES)
     mask, place = split(receivers, places.num_places)
@@ -84,75 +84,99 @@ def _kinds(source: Numbers, wave: Numbers, num_peers: Numbers, peer: Numbers, pl
     return kinds
 
 
-class _Messages:
-    def __init__(self, plan: _Plan, cells: Cells) -> None:
-        self._plan, self._cells = plan, cells
-        self._key, self._sample = split(plan.cells.astype(np.int64), len(cells.ids))  # wide: they are indices
-        self._starts = cells.starts[plan.cells]
-        self._counts = cells.counts[plan.cells].astype(np.int32) if (cells.counts != 1).any() else None
-        parcel = np.repeat(np.arange(len(plan.source)), plan.num_peers)
-        order = np.sort((plan.peers.astype(np.int64) * NUM_WAVES + plan.wave[parcel]) * max(1, len(parcel)) + parcel)
-        rest, self._received = split(order, len(parcel))
-        num_ranks = 1 + max(int(plan.source.max(initial=-1)), int(plan.peers.max(initial=-1)))
-        self._first_received = np.searchsorted(rest, np.arange(num_ranks + 1) * NUM_WAVES).tolist()
-        self._first_sent = np.searchsorted(plan.source, np.arange(num_ranks + 1)).tolist()
-        self._ids = np.array(cells.ids, dtype=object)
-        self._sample_places, self._key_places = np.zeros(len(cells.ids), np.int32), np.zeros(len(cells.keys), np.int32)
+class _Side:
+    """Parcels of one direction, worker by worker."""
 
-    def message(self, rank: int, tag: int) -> Redistribute:
-        plan, first, end = self._plan, self._first_sent[rank], self._first_sent[rank + 1]
-        received = self._received[self._first_received[rank] : self._first_received[rank + 1]]
-        num_received = plan.num_cells[received]
-        sent_cells = slice(*_ends(plan.first_cell, plan.num_cells, first, end))
-        received_cells = spans(plan.first_cell[received], num_received)
-        keys = np.concatenate([self._key[sent_cells], self._key[received_cells]])
-        samples = np.concatenate([self._sample[sent_cells], self._sample[received_cells]])
-        key_places, sample_places = _used(keys, self._key_places), _used(samples, self._sample_places)
-        numbers = self._key_places[keys] * np.int32(len(sample_places)) + self._sample_places[samples]
-        num_sent = sent_cells.stop - sent_cells.start
-        return Redistribute(
-            tag=tag,
-            ids=tuple(self._ids[sample_places].tolist()),
-            keys=tuple([self._cells.keys[at] for at in key_places.tolist()]),
-            outgoing=Parcels(
-                kinds=plan.kind[first:end],
-                waves=plan.wave[first:end],
-                num_peers=plan.num_peers[first:end],
-                peers=plan.peers[slice(*_ends(plan.first_peer, plan.num_peers, first, end))],
-                num_cells=plan.num_cells[first:end],
-                cells=numbers[:num_sent],
-                counts=self._counts_of(sent_cells),
-                lengths=self._lengths_of(sent_cells),
-            ),
-            incoming=Parcels(
-                kinds=plan.kind[received],
-                waves=plan.wave[received],
-                num_peers=np.ones(len(received), np.int32),
-                peers=plan.source[received],
-                num_cells=num_received,
-                cells=numbers[num_sent:],
-                counts=self._counts_of(received_cells),
-                lengths=self._lengths_of(received_cells),
-            ),
+    def __init__(
+        self,
+        plan: _Plan,
+        cells: Cells,
+        num_ranks: int,
+        parcels: Numbers,
+        ranks: Numbers,
+        num_peers: Whole,
+        peers: Whole,
+    ) -> None:
+        """`parcels` that workers have, who are in `ranks`, ascending; `peers` parcel by parcel."""
+        self._kinds, self._waves, self._num_peers, self._peers = (
+            plan.kind[parcels],
+            plan.wave[parcels],
+            num_peers,
+            peers,
+        )
+        self._num_cells = plan.num_cells[parcels]
+        self.cells = plan.cells[spans(plan.first_cell[parcels], self._num_cells)].astype(np.int64)
+        """Parcel by parcel."""
+        self.ranks = np.repeat(ranks, self._num_cells)
+        """Of each of the cells."""
+        counts = cells.counts[self.cells]
+        self._counts = counts.astype(np.int32) if (cells.counts != 1).any() else None
+        self._lengths = cells.lengths[spans(cells.starts[self.cells], counts)]
+        first = np.searchsorted(ranks, np.arange(num_ranks + 1))
+        first_cell = _ends(self._num_cells)[first]
+        each = (first, _ends(num_peers)[first], first_cell, _ends(counts)[first_cell])
+        self._starts = [starts.tolist() for starts in each]
+        """Of parcels, peers, cells and lengths, by rank."""
+
+    def parcels(self, rank: int, numbers: Whole) -> Parcels:
+        """`numbers`: of all the cells, each as its worker is told of it."""
+        parcels, peers, cells, lengths = (slice(*starts[rank : rank + 2]) for starts in self._starts)
+        return Parcels(
+            kinds=self._kinds[parcels],
+            waves=self._waves[parcels],
+            num_peers=self._num_peers[parcels],
+            peers=self._peers[peers],
+            num_cells=self._num_cells[parcels],
+            cells=numbers[cells],
+            counts=None if self._counts is None else self._counts[cells],
+            lengths=self._lengths[lengths],
         )
 
-    def _counts_of(self, cells: slice | Numbers) -> Whole | None:
-        return None if self._counts is None else self._counts[cells]
 
-    def _lengths_of(self, cells: slice | Numbers) -> Whole:
-        starts = self._starts[cells]
-        return self._cells.lengths[starts if self._counts is None else spans(starts, self._counts[cells])]
+class _Messages:
+    def __init__(self, plan: _Plan, cells: Cells) -> None:
+        num_ranks = 1 + max(int(plan.source.max(initial=-1)), int(plan.peers.max(initial=-1)))
+        everything, source = np.arange(len(plan.source)), plan.source.astype(np.int64)
+        parcel = np.repeat(everything, plan.num_peers)
+        order = np.sort((plan.peers.astype(np.int64) * NUM_WAVES + plan.wave[parcel]) * max(1, len(parcel)) + parcel)
+        rest, received = split(order, len(parcel))
+        ones = np.ones(len(received), np.int32)
+        self._sent = _Side(plan, cells, num_ranks, everything, source, plan.num_peers, plan.peers)
+        self._received = _Side(plan, cells, num_ranks, received, rest // NUM_WAVES, ones, plan.source[received])
+        ranks = np.concatenate([self._sent.ranks, self._received.ranks])
+        key, sample = split(np.concatenate([self._sent.cells, self._received.cells]), len(cells.ids))
+        keys, self._first_key, key_places = _numbered(ranks, num_ranks, key, len(cells.keys))
+        samples, self._first_sample, sample_places = _numbered(ranks, num_ranks, sample, len(cells.ids))
+        self._keys = [cells.keys[at] for at in keys.tolist()]
+        self._ids = [cells.ids[at] for at in samples.tolist()]
+        num_samples = np.diff(self._first_sample)
+        numbers = (key_places * num_samples[ranks] + sample_places).astype(np.int32)
+        self._numbers = np.split(numbers, [len(self._sent.cells)])
+
+    def message(self, rank: int, tag: int) -> Redistribute:
+        sent, received = self._numbers
+        return Redistribute(
+            tag=tag,
+            ids=tuple(self._ids[slice(*self._first_sample[rank : rank + 2])]),
+            keys=tuple(self._keys[slice(*self._first_key[rank : rank + 2])]),
+            outgoing=self._sent.parcels(rank, sent),
+            incoming=self._received.parcels(rank, received),
+        )
 
 
-def _ends(starts: Whole, counts: Whole, first: int, end: int) -> tuple[int, int]:
-    """Of the run that these together are."""
-    return (int(starts[first]), int(starts[end - 1] + counts[end - 1])) if first < end else (0, 0)
+def _numbered(ranks: Numbers, num_ranks: int, values: Numbers, num_values: int) -> tuple[Numbers, list[int], Numbers]:
+    """Each worker's values, without repetition and ascending, one worker's after the other's; by rank where they begin;
+    and of all values their places among their worker's."""
+    codes = ranks * num_values + values
+    ordered, order = split(np.sort(codes * len(codes) + np.arange(len(codes))), len(codes))
+    first = starts_of_runs(ordered)
+    places = np.empty(len(codes), np.int64)
+    places[order] = np.repeat(np.arange(len(first)), np.diff(first, append=len(codes)))
+    owners, found = split(ordered[first], num_values)
+    starts = np.searchsorted(owners, np.arange(num_ranks + 1))
+    return found, starts.tolist(), places - starts[ranks]
 
 
-def _used(values: Numbers, places: Whole) -> Numbers:
-    """Those that occur, ascending. Their places among them are left in `places`, for who looks only for them."""
-    is_used = np.zeros(len(places), np.bool_)
-    is_used[values] = True
-    used: Numbers = is_used.nonzero()[0]
-    places[used] = np.arange(len(used))
-    return used
+def _ends(counts: Numbers | Whole) -> Numbers:
+    """0, and where each ends."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

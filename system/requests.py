@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,12 +52,20 @@ def _shares(call: ModelFunctionCall, minibatch: Samples, placed: PlacedModel) ->
     lengths = minibatch.sizes(call.inputs[0])
     if isinstance(call.settings, Generation):
         lengths = tuple(length + call.settings.sampling.max_new_tokens for length in lengths)
-    plan = plan_microbatches(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
+    plan = _planned(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
     shares = [
         Share(minibatch.select(np.concatenate(microbatches).astype(np.int64)), tuple(map(len, microbatches)))
         for microbatches in plan
     ]
     return {rank: shares[place // layout.pp] for place, rank in enumerate(placed.ranks)}
+
+
+@lru_cache(maxsize=4)
+def _planned(
+    lengths: tuple[int, ...], num_ranks: int, max_tokens: int, min_count: int, names: tuple[str, ...]
+) -> list[list[list[int]]]:
+    """Calls of a step that read the same sequences are cut alike, and once. Leave it as it is."""
+    return plan_microbatches(lengths, num_ranks, max_tokens, min_count, names)
 
 
 def read_by(minibatches: Sequence[Shares]) -> dict[int, Samples]:
@@ -67,6 +76,7 @@ def read_by(minibatches: Sequence[Shares]) -> dict[int, Samples]:
         shares = [minibatch[rank] for minibatch in minibatches]
         replica = tuple(map(id, shares))
         if replica not in by_replica:
-            by_replica[replica] = Samples.gather([share.samples for share in shares])
+            parts = [share.samples for share in shares]
+            by_replica[replica] = parts[0] if len(parts) == 1 else Samples.gather(parts)
         read[rank] = by_replica[replica]
     return read

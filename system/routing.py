@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .demand import Demand, Masks, Places, split
-from .storage import Numbers
+from .storage import Numbers, starts_of_runs
 
 NUM_WAVES = 4
 _LAST_ROUND = 0.001
@@ -125,7 +125,7 @@ def _ways(demand: Demand, is_local: npt.NDArray[np.bool_]) -> _Ways:
     From the entry it crosses to all others without a holder; but where the entry could not be chosen freely and there
     are several others, to one of these, the hub, and from there to the rest.
     """
-    starts = np.flatnonzero(np.diff(demand.cell, prepend=-1))
+    starts = starts_of_runs(demand.cell)
     nums = np.diff(starts, append=len(demand.cell))
     of_cell = np.repeat(np.arange(len(starts)), nums)
     key, sample = split(demand.cell[starts], len(demand.cells.ids))

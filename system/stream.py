@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from ..api.batch import Samples
 from .dispatch import settle
 from .executor import DATA_RANK
 from .rpc.commands import Fetch, Fetched
 from .rpc.messages import Lane
-from .rpc.peer import Answer
+from .rpc.peer import Asked
 from .rpc.server import Server
 from .storage import Storage
 
@@ -20,18 +18,18 @@ class SampleStream:
     def __init__(self, server: Server, storage: Storage, graph: str, deadline_s: float) -> None:
         self._server, self._storage, self._graph, self._deadline_s = server, storage, graph, deadline_s
         self.position = 0
-        self._ahead: tuple[int, asyncio.Future[Answer]] | None = None
+        self._ahead: tuple[int, Asked] | None = None
 
     async def take(self, step: int, count: int) -> Samples:
         """The next `count` sequences, for this step, now in the data worker's store."""
         self.prefetch(step, count)
         assert self._ahead is not None, "prefetched"
-        wanted, future = self._ahead
+        wanted, asked = self._ahead
         assert wanted == count, f"{wanted} sequences were prefetched, {count} are taken"
-        (answer,) = await settle(self._server, [future])
+        (answers,) = await settle(self._server, asked)
         self._ahead = None
         self.position += count
-        fetched = answer.success.result
+        fetched = answers[DATA_RANK].success.result
         assert isinstance(fetched, Fetched), "Fetch is answered by Fetched"
         self._storage.add(DATA_RANK, fetched.samples)
         return fetched.samples
@@ -40,12 +38,11 @@ class SampleStream:
         """Asks for the next `count` sequences without waiting."""
         if self._ahead is None:
             fetch = Fetch(graph=self._graph, start=self.position, count=count)
-            future = self._server.submit(
-                DATA_RANK,
-                fetch,
+            asked = self._server.ask(
+                {DATA_RANK: fetch},
                 name=f"fetch {self._graph} data",
                 deadline_s=self._deadline_s,
                 lane=Lane.TRANSFER,
                 step=step,
             )
-            self._ahead = count, future
+            self._ahead = count, asked

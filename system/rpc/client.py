@@ -28,7 +28,7 @@ from .dealer import HANDSHAKE_FAILED, Dealer, suspicion
 from .drops import Drops
 from .framing import PROTOCOL_VERSION
 from .inquiries import Refuse
-from .link import Link, MasterClock
+from .link import ACKNOWLEDGED, Link, MasterClock
 from .messages import (
     HEARTBEAT_S,
     Cancel,
@@ -42,6 +42,7 @@ from .messages import (
     Request,
     Shutdown,
     Welcome,
+    seldomness,
 )
 
 logger = logging.getLogger(__name__)
@@ -201,10 +202,13 @@ class Client:
         self._dealer.reconnect(self._silence_s)
 
     def _say_own(self, now_s: float) -> None:
-        """What nobody asked for: heartbeats answer pings, and come by themselves only if there are none."""
+        """What nobody asked for: heartbeats answer pings, and come by themselves only if there are none.
+
+        Of one of few workers, when a ping is late; of one of many, when one is missing.
+        """
         if self.current is None:
             self._say(self._register)
-        elif now_s - self._said_s > HEARTBEAT_S:
+        elif now_s - self._said_s > HEARTBEAT_S * (2 * seldomness(self.current.num_workers) - 1):
             self._beat(now_s)
 
     def _beat(self, now_s: float) -> None:
@@ -286,6 +290,8 @@ class Client:
             else:
                 for delivered in self._link.accept(envelope.order, body):
                     self._obey(codec.decode_body(delivered))
+                if envelope.order % ACKNOWLEDGED == 0:
+                    self._beat(time.monotonic())
         except ProtocolError as error:
             self._drops.note(str(error), time.monotonic())
 
@@ -313,7 +319,8 @@ class Client:
         """The first epoch, or the next; a welcome that comes again, or late, changes nothing."""
         if self.current is not None and (welcome.run != self.current.run or welcome.epoch <= self.current.epoch):
             return
-        is_first, self._link, self._clock, self.current = self.current is None, Link(), MasterClock(), welcome
+        is_first, self._clock, self.current = self.current is None, MasterClock(), welcome
+        self._link = Link(seldomness(welcome.num_workers))
         if welcome.silence_s != self._silence_s:  # changed on the master's command line
             self._silence_s = welcome.silence_s
             self._reconnect()

@@ -8,7 +8,6 @@ message must validate against the closed union of messages.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import struct
@@ -21,9 +20,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from ...api.errors import ProtocolError
-from .commands import Command
 from .framing import MAX_ARRAYS, MAX_BODY_BYTES, PROTOCOL_VERSION, Body, Envelope, Frame, opened
-from .messages import MESSAGES, Message, Request
+from .messages import MESSAGES, Message
 
 MAX_ITEMS = 2**20
 """The most items of one array or map."""
@@ -59,42 +57,20 @@ _HEADS = tuple(struct.Struct(f">BB{num_dimensions}Q") for num_dimensions in rang
 """Of arrays, by their number of dimensions."""
 _extension: Callable[[tuple[int, bytes]], msgpack.ExtType] = functools.partial(tuple.__new__, msgpack.ExtType)
 """Without looking at what it is given, which takes longer than all the rest: a message may have many small arrays."""
-_COMMAND = "command"
-_OTHERS = tuple(field.name for field in dataclasses.fields(Request) if field.name != _COMMAND)
-"""Fields of a request."""
-_REQUEST_HEAD = bytes([0x80 | len(_OTHERS) + 1])
-"""msgpack's, of a map with less than 16 fields."""
 
 
 class _Encoder(threading.local):
-    """A packer for each thread, which is not made anew for each message.
-
-    The stages of a replica are asked for the same, one after the other: a command is packed once for all requests in a
-    row that have it.
-    """
+    """A packer for each thread, which is not made anew for each message."""
 
     def __init__(self) -> None:
         self._pack = msgpack.Packer(default=self._plain, unicode_errors="backslashreplace", buf_size=_BUFFER_BYTES).pack
         self._arrays: list[Frame] = []
-        self._command: Command | None = None
-        """The last, with its name as `_packed`, and with its arrays."""
-        self._packed, self._command_arrays = b"", tuple[Frame, ...]()
 
     def encode(self, message: Message) -> Body:
         try:
-            packed = self._pack_request(message) if isinstance(message, Request) else self._pack(message)
-            return [packed, *self._arrays]
+            return [self._pack(message), *self._arrays]
         finally:
             self._arrays.clear()
-
-    def _pack_request(self, request: Request) -> bytes:
-        if request.command is self._command:
-            self._arrays += self._command_arrays
-        else:
-            self._packed = self._pack(_COMMAND) + self._pack(request.command)
-            self._command, self._command_arrays = request.command, tuple(self._arrays)
-        others: bytes = self._pack({name: getattr(request, name) for name in _OTHERS})
-        return b"".join((_REQUEST_HEAD, self._packed, others[1:]))
 
     def _plain(self, value: Any) -> dict[str, Any] | msgpack.ExtType:  # Any: a record, its fields, or an array
         if not isinstance(value, np.ndarray):

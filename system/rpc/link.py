@@ -20,6 +20,8 @@ from typing import Generic, TypeVar
 
 WINDOW = 256
 """The most messages under way, unacknowledged."""
+ACKNOWLEDGED = WINDOW // 2
+"""Who has received as many, or twice as many, or so on, says so at once."""
 RESEND_S = 1.5
 """Until a message is sent again for the first time: longer than the heartbeats that bring acknowledgements."""
 MAX_RESEND_S = 12.0
@@ -61,7 +63,9 @@ class MasterClock:
 class Link(Generic[B]):
     """Made anew at both ends for each (epoch, worker)."""
 
-    def __init__(self) -> None:
+    def __init__(self, seldomness: int = 1) -> None:
+        """`seldomness`: by what acknowledgements are further apart, and so is what is sent again."""
+        self._resend_s, self._max_resend_s = RESEND_S * seldomness, MAX_RESEND_S * seldomness
         self.received = 0
         """The number of messages delivered: every header tells it to the other end."""
         self._ahead: dict[int, B] = {}
@@ -89,8 +93,8 @@ class Link(Generic[B]):
         while self._waiting and len(self._unacknowledged) < WINDOW:
             self._num_sent += 1
             body = self._waiting.popleft()
-            self._unacknowledged[self._num_sent] = _Sent(body, now_s + RESEND_S, RESEND_S)
-            self._again_s = min(self._again_s, now_s + RESEND_S)
+            self._unacknowledged[self._num_sent] = _Sent(body, now_s + self._resend_s, self._resend_s)
+            self._again_s = min(self._again_s, now_s + self._resend_s)
             due.append((self._num_sent, body))
         return due
 
@@ -98,7 +102,7 @@ class Link(Generic[B]):
         again = []
         for order, sent in self._unacknowledged.items():
             if now_s >= sent.again_s:
-                sent.wait_s = min(2 * sent.wait_s, MAX_RESEND_S)
+                sent.wait_s = min(2 * sent.wait_s, self._max_resend_s)
                 sent.again_s = now_s + sent.wait_s
                 again.append((order, sent.body))
         self._again_s = min((sent.again_s for sent in self._unacknowledged.values()), default=math.inf)
@@ -113,7 +117,7 @@ class Link(Generic[B]):
         """What is under way is likely lost, with its connection perhaps: it is due at once."""
         self._again_s = 0.0
         for sent in self._unacknowledged.values():
-            sent.again_s, sent.wait_s = 0.0, RESEND_S / 2
+            sent.again_s, sent.wait_s = 0.0, self._resend_s / 2
 
     def accept(self, order: int, body: B) -> list[B]:
         """A message arrived. Returns what can be delivered now, in order."""

@@ -6,7 +6,7 @@
       | <------------ Request --- |      a command with hooks, on a lane
       | -- Reply ---------------> |      a result, or an error with its traceback
       | <------------- Cancel --- |      nobody waits for that request any more
-      | <--------------- Ping --- |      every second
+      | <--------------- Ping --- |      every second, or more seldom with many workers
       | -- Heartbeat -----------> |      at once, if the interpreter lets it; by itself where no ping comes
       | <----------- Shutdown --- |
 
@@ -29,7 +29,15 @@ from .inquiries import Inquire, Refuse, RunStatus
 Word = Annotated[str, Field(max_length=256, pattern=r"^\P{Cc}*$")]
 """What ends up in logs: short, and on one line."""
 HEARTBEAT_S = 1.0
-"""Seconds between two pings, and so between two heartbeats."""
+"""Seconds between two pings of a worker, and so between two of its heartbeats; `seldomness` times that with many."""
+_PINGED_EACH_S = 128
+"""Workers at most: the master hears as many heartbeats. They tell who is unresponsive, which is no loss, and bring
+acknowledgements; a connection that closed or fell silent is found without them."""
+
+
+def seldomness(num_workers: int) -> int:
+    """By what heartbeats of one of so many workers are further apart."""
+    return max(1, -(-num_workers // _PINGED_EACH_S))
 
 
 class Lane(StrEnum):

@@ -31,9 +31,9 @@ class Outgoing:
         self._loop = asyncio.get_running_loop()
         self._ping = codec.encode_body(Ping())
 
-    def post(self, peer: Peer, message: Message) -> None:
-        """Through the worker's link: once and in order."""
-        peer.link.post(codec.encode_body(message))
+    def post(self, peer: Peer, body: framing.Body) -> None:
+        """Through the worker's link: once and in order. One body may be posted to several."""
+        peer.link.post(body)
         self.flush(peer)
 
     def flush(self, peer: Peer) -> None:

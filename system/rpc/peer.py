@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...api.errors import (
     ConfigError,
@@ -27,7 +28,7 @@ from ..service.logs import at
 from . import framing
 from .inquiries import Inquire, Refuse, WorkerState, WorkerStatus
 from .link import Link
-from .messages import HEARTBEAT_S, Executing, Failure, Message, Register, Reply, Success, Welcome, stacks_name
+from .messages import Executing, Failure, Message, Register, Reply, Success, Welcome, stacks_name
 
 logger = logging.getLogger(__name__)
 
@@ -77,34 +78,102 @@ def unreadable(error: ProtocolError) -> Loss:
     )
 
 
-class Asked(asyncio.Future[Answer]):
-    """An answer that is waited for. Cancelling it withdraws the request; a failure that nobody reads is no news."""
+class Asked(asyncio.Future[Any]):  # Any: `AnswerOf` has a result of its own
+    """What was asked of workers, each once: their answers by rank.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, withdraw: Callable[[], None]) -> None:
+    It fails at the first failure, and `errors` go on to come. A failure that nobody reads is no news. Cancelling it,
+    done or not, withdraws what has no reply yet.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        identity: int,
+        name: str,
+        step: int,
+        start_s: float,
+        deadline_s: float,
+        withdraw: Callable[[Peer, int], None],
+    ) -> None:
         super().__init__(loop=loop)
+        self.identity, self.name, self.step, self.start_s, self.deadline_s = identity, name, step, start_s, deadline_s
+        self.answers: dict[int, Answer] = {}
+        """In the order of asking, once all are there."""
+        self.errors: list[Exception] = []
         self._withdraw = withdraw
+        self._waiting: dict[int, Peer] = {}
+        """Who has not replied, by rank."""
+        self._ranks: tuple[int, ...] = ()
+        self._news: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def wait_for(self, peers: dict[int, Peer], late_s: float) -> None:
+        """Begins to wait, `late_s` beyond the deadline: who can, ends itself at that."""
+        self._ranks, self._waiting = tuple(peers), peers
+        for rank in self._ranks:
+            peer = peers[rank]
+            if peer.lost is None:
+                peer.pending[self.identity] = self
+            else:
+                self.fail(rank, peer.lost)
+        if self._waiting:
+            self._timer = self.get_loop().call_later(self.deadline_s + late_s, self._expire)
+
+    def answer(self, rank: int, answer: Answer) -> None:
+        self.answers[rank] = answer
+        self._heard(rank)
+        if not self._waiting and not self.done():
+            if len(self._ranks) > 1:
+                self.answers = {each: self.answers[each] for each in self._ranks}
+            self.set_result(self._result())
+
+    def fail(self, rank: int, error: Exception) -> None:
+        self.errors.append(error)
+        self._heard(rank)
+        if not self.done():
+            self.set_exception(error)
+            self.exception()
+
+    def news(self) -> asyncio.Future[None]:
+        """Done when another reply comes."""
+        self._news = self.get_loop().create_future()
+        return self._news
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every reply has come."""
+        return not self._waiting
 
     def cancel(self, msg: object = None) -> bool:
-        is_cancelled = super().cancel(msg)
-        if is_cancelled:
-            self._withdraw()
-        return is_cancelled
+        for rank, peer in list(self._waiting.items()):
+            self._forget(rank)
+            self._withdraw(peer, self.identity)
+        return super().cancel(msg)
 
-    def set_exception(self, exception: type | BaseException, /) -> None:
-        super().set_exception(exception)
-        self.exception()
+    def _result(self) -> object:
+        return self.answers
+
+    def _heard(self, rank: int) -> None:
+        self._forget(rank)
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def _forget(self, rank: int) -> None:
+        self._waiting.pop(rank).pending.pop(self.identity, None)
+        if not self._waiting and self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        """For workers that could not even end themselves at their deadline."""
+        for rank, peer in list(self._waiting.items()):
+            self.fail(rank, DeadlineExceeded(peer.late(self)))
 
 
-@dataclass(slots=True)
-class Pending:
-    """A request that waits for its reply."""
+class AnswerOf(Asked):
+    """What was asked of one worker: its answer."""
 
-    name: str
-    step: int
-    start_s: float
-    deadline_s: float
-    answer: Asked
-    timer: asyncio.TimerHandle
+    def _result(self) -> object:
+        return next(iter(self.answers.values()))
 
 
 @dataclass(slots=True)
@@ -124,7 +193,8 @@ class Peer:
     """Its connection closed, and may come back until then."""
     executing: tuple[Executing, ...] = ()
     """What its last heartbeat said it was at."""
-    pending: dict[int, Pending] = field(default_factory=dict)
+    pending: dict[int, Asked] = field(default_factory=dict)
+    """What it was asked and has not replied to, by request."""
     has_failed: bool = False
     lost: RunError | None = None
     holder: Holder | None = None
@@ -150,15 +220,15 @@ class Peer:
         silent_s = max(0.0, now_s - self.last_heard_s)
         at = [(each.seconds + silent_s, self.pending[each.id]) for each in self.executing if each.id in self.pending]
         at = at or [(now_s - each.start_s, each) for each in self.pending.values()]  # it has not said yet
-        call_s, pending = max(at, key=lambda each: each[0], default=(0.0, None))
-        state = WorkerState.IDLE if pending is None else WorkerState.BUSY
+        call_s, asked = max(at, key=lambda each: each[0], default=(0.0, None))
+        state = WorkerState.IDLE if asked is None else WorkerState.BUSY
         state = state if self.responsive else WorkerState.UNRESPONSIVE
         return WorkerStatus(
             rank=self.rank,
             host=self.register.host,
             pid=self.register.pid,
             state=state,
-            call="" if pending is None else pending.name,
+            call="" if asked is None else asked.name,
             call_s=call_s,
             heard_s=silent_s,
         )
@@ -169,14 +239,17 @@ class Peer:
             self.gone.cancel()
             self.gone = None
 
-    def check_heartbeats(self, now_s: float) -> None:
-        """Marks a worker whose connection lives, but whose Python lets it send nothing."""
+    def check_heartbeats(self, now_s: float, heartbeat_s: float) -> None:
+        """Marks a worker whose connection lives, but whose Python lets it send nothing.
+
+        `heartbeat_s`: between two of its heartbeats.
+        """
         silent_s = now_s - self.last_heard_s
-        if self.welcome is None or not self.responsive or silent_s <= _UNRESPONSIVE_HEARTBEATS * HEARTBEAT_S:
+        if self.welcome is None or not self.responsive or silent_s <= _UNRESPONSIVE_HEARTBEATS * heartbeat_s:
             return
         self.responsive = False
         at = {each.id for each in self.executing}
-        names = ", ".join(pending.name for identity, pending in self.pending.items() if identity in at)
+        names = ", ".join(asked.name for identity, asked in self.pending.items() if identity in at)
         logger.warning(
             "%s is unresponsive%s: its interpreter is busy; its call's deadline is what counts",
             self,
@@ -185,53 +258,39 @@ class Peer:
 
     def settle(self, reply: Reply) -> None:
         """Passes an answer on to whoever waits for it."""
-        pending = self.forget(reply.id)
-        if pending is None or pending.answer.done():  # the caller gave up on it
+        asked = self.pending.get(reply.id)
+        if asked is None:  # the caller gave up on it
             return
+        assert self.rank is not None, "who was asked has a rank"
         match reply.outcome:
             case Success() as success:
-                pending.answer.set_result(Answer(success, reply.seconds))
+                asked.answer(self.rank, Answer(success, reply.seconds))
             case Failure() as failure:
-                error = raised(f"{pending.name} on {self}", failure)
+                error = raised(f"{asked.name} on {self}", failure)
                 if not self.has_failed:
-                    with at(step=pending.step):
+                    with at(step=asked.step):
                         logger.error("the first error of %s: %s", self, error)
                 self.has_failed = True
-                pending.answer.set_exception(error)
-
-    def expire(self, identity: int) -> None:
-        """For a worker that could not even end itself at its deadline."""
-        pending = self.forget(identity)
-        if pending is not None and not pending.answer.done():
-            pending.answer.set_exception(DeadlineExceeded(self._late(pending)))
-
-    def forget(self, identity: int) -> Pending | None:
-        """Waits for this reply no longer."""
-        pending = self.pending.pop(identity, None)
-        if pending is not None:
-            pending.timer.cancel()
-        return pending
+                asked.fail(self.rank, error)
 
     def drop(self, error: RunError) -> None:
         """Waits for no reply any longer: all fail with the error."""
-        for identity in list(self.pending):
-            pending = self.forget(identity)
-            assert pending is not None, "taken from there"
-            if not pending.answer.done():
-                pending.answer.set_exception(error)
+        for asked in list(self.pending.values()):
+            assert self.rank is not None, "who was asked has a rank"
+            asked.fail(self.rank, error)
 
     def obituary(self, loss: Loss, now_s: float, log_directory: Path) -> RunError:
         """What a lost worker died of. One that ended itself at a deadline left its stacks."""
-        overdue = [pending for pending in self.pending.values() if now_s >= pending.start_s + pending.deadline_s]
+        overdue = [asked for asked in self.pending.values() if now_s >= asked.start_s + asked.deadline_s]
         stacks = log_directory / stacks_name(self.register)
         if overdue and stacks.is_file() and (text := stacks.read_text().strip()):
-            return DeadlineExceeded(f"{self._late(overdue[0])}. It was here ({stacks}):\n{text}")
-        during = ", ".join(dict.fromkeys(pending.name for pending in self.pending.values()))
+            return DeadlineExceeded(f"{self.late(overdue[0])}. It was here ({stacks}):\n{text}")
+        during = ", ".join(dict.fromkeys(asked.name for asked in self.pending.values()))
         what = f"{self} {loss.what}" + (f" during {during}" if during else "")
         return WorkerLost(f"{what}: {loss.meaning}" if loss.meaning else what, loss.likely)
 
-    def _late(self, pending: Pending) -> str:
-        return f"{pending.name} on {self} took longer than its {pending.deadline_s:g} s (run.deadlines)"
+    def late(self, asked: Asked) -> str:
+        return f"{asked.name} on {self} took longer than its {asked.deadline_s:g} s (run.deadlines)"
 
 
 class Roster:

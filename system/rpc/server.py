@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 from ...api.errors import DeadlineExceeded, ProtocolError, RunError
 from ..service.keys import Holder, MasterKeys, Role
@@ -31,10 +30,23 @@ from .commands import Command, Hook
 from .drops import Drops
 from .framing import PROTOCOL_VERSION
 from .inquiries import Inquire, Refuse, RunStatus
-from .link import Link
-from .messages import HEARTBEAT_S, Cancel, Heartbeat, Lane, Message, Ping, Register, Reply, Request, Shutdown, Welcome
+from .link import ACKNOWLEDGED, Link
+from .messages import (
+    HEARTBEAT_S,
+    Cancel,
+    Heartbeat,
+    Lane,
+    Message,
+    Ping,
+    Register,
+    Reply,
+    Request,
+    Shutdown,
+    Welcome,
+    seldomness,
+)
 from .outgoing import Outgoing
-from .peer import REVOKED, Answer, Asked, Loss, Peer, Pending, Roster, unreadable
+from .peer import REVOKED, Answer, AnswerOf, Asked, Loss, Peer, Roster, unreadable
 from .port import Port
 
 logger = logging.getLogger(__name__)
@@ -42,7 +54,7 @@ logger = logging.getLogger(__name__)
 _LATE_GRACE_S = 1.0
 """For a worker to end itself at a deadline, and for us to learn of it."""
 _TICKS = 4
-"""In `HEARTBEAT_S`. Workers take turns: each has its ping in one of them."""
+"""In `HEARTBEAT_S`. Workers take turns: each has its ping in one of these, or of those of several heartbeats."""
 _LINGER_S = 0.5
 _SHUTDOWN_S = 1.0
 """For workers to hear that the run is over."""
@@ -50,6 +62,20 @@ _STRANGER_BYTES = 2**15
 """The most that one who is not registered may send at once: a registration is far smaller."""
 MAX_PENDING = 2**16
 """The most requests of one worker that wait for replies: who submits more has lost count."""
+
+
+class Terms(TypedDict, total=False):
+    """On which workers are asked for something."""
+
+    name: Required[str]
+    """Says in errors what it was."""
+    deadline_s: Required[float]
+    lane: Lane
+    """The compute lane, if nothing else is said."""
+    step: int
+    """In logs: what it belongs to."""
+    pre_hooks: tuple[Hook, ...]
+    post_hooks: tuple[Hook, ...]
 
 
 class Server:
@@ -67,7 +93,7 @@ class Server:
         keys: MasterKeys | None = None,
     ) -> None:
         self.run, self.epoch = run, epoch
-        self._log_directory = log_directory
+        self._log_directory, self._seldomness = log_directory, seldomness(num_workers)
         self.roster = Roster(run, num_workers, code_digest)
         self.on_inquiry: Callable[[Inquire], RunStatus | Refuse] = lambda _: Refuse(reason="nobody here knows")
         """Answers who asks after the run. Must not wait."""
@@ -99,7 +125,7 @@ class Server:
             if peer.welcome is None:
                 self._outgoing.say(peer, shutdown)
             else:
-                self._outgoing.post(peer, shutdown)
+                self._outgoing.post(peer, codec.encode_body(shutdown))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SHUTDOWN_S):
                 await self._all_told()
@@ -151,7 +177,7 @@ class Server:
         """Sends every worker its welcome."""
         for rank, peer in enumerate(self.roster.by_rank):
             peer.last_heard_s = self._loop.time()
-            peer.link, peer.welcome = Link(), make(rank)
+            peer.link, peer.welcome = Link(self._seldomness), make(rank)
             assert (peer.welcome.run, peer.welcome.epoch) == (self.run, self.epoch), "a welcome is to this epoch"
             self._outgoing.say(peer, peer.welcome)
 
@@ -161,15 +187,28 @@ class Server:
         self.epoch = self._outgoing.epoch = self.epoch + 1
         self.lost = _quiet(self._loop)
         for peer in self.roster.peers.values():
-            peer.rank, peer.welcome = None, None
             peer.drop(over)
+            peer.rank, peer.welcome = None, None
         if not self.roster.is_complete:
             self._all_registered.clear()
 
-    def submit(
+    def ask(self, commands: Mapping[int, Command], **terms: Unpack[Terms]) -> Asked:
+        """Asks workers for something, by rank.
+
+        The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that a worker raised),
+        with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first. Ranks in a row
+        that are given one object of a command are sent the same bytes.
+        """
+        return self._ask(Asked, commands, **terms)
+
+    def submit(self, rank: int, command: Command, **terms: Unpack[Terms]) -> asyncio.Future[Answer]:
+        """Asks one worker: its future has the worker's answer."""
+        return self._ask(AnswerOf, {rank: command}, **terms)
+
+    def _ask(
         self,
-        rank: int,
-        command: Command,
+        kind: type[Asked],
+        commands: Mapping[int, Command],
         *,
         name: str,
         deadline_s: float,
@@ -177,38 +216,35 @@ class Server:
         step: int = 0,
         pre_hooks: tuple[Hook, ...] = (),
         post_hooks: tuple[Hook, ...] = (),
-    ) -> asyncio.Future[Answer]:
-        """Asks a worker for something. `name` says in errors what it was, `step` in logs what it belongs to.
-
-        The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that the worker raised),
-        with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first.
-        """
-        peer = self.roster.by_rank[rank]
-        if len(peer.pending) >= MAX_PENDING:
-            raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
+    ) -> Asked:
+        assert commands, "somebody is asked"
+        peers = {rank: self.roster.by_rank[rank] for rank in commands}
+        for peer in peers.values():
+            if len(peer.pending) >= MAX_PENDING:
+                raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         self._num_requests += 1
-        identity = self._num_requests
-        request = Request(
-            run=self.run,
-            epoch=self.epoch,
-            id=identity,
-            lane=lane,
-            deadline_s=deadline_s,
-            submitted_s=self._loop.time(),
-            step=step,
-            command=command,
-            pre_hooks=pre_hooks,
-            post_hooks=post_hooks,
-        )
-        if peer.lost is None:
-            self._outgoing.post(peer, request)  # first: the rest can be done while it travels
-        answer = Asked(self._loop, functools.partial(self._cancel, peer, identity))
-        if peer.lost is not None:
-            answer.set_exception(peer.lost)
-            return answer
-        timer = self._loop.call_later(deadline_s + _LATE_GRACE_S, peer.expire, identity)
-        peer.pending[identity] = Pending(name, step, request.submitted_s, deadline_s, answer, timer)
-        return answer
+        identity, start_s = self._num_requests, self._loop.time()
+        last: Command | None = None
+        for rank, command in commands.items():
+            if command is not last:
+                request = Request(
+                    run=self.run,
+                    epoch=self.epoch,
+                    id=identity,
+                    lane=lane,
+                    deadline_s=deadline_s,
+                    submitted_s=start_s,
+                    step=step,
+                    command=command,
+                    pre_hooks=pre_hooks,
+                    post_hooks=post_hooks,
+                )
+                last, body = command, codec.encode_body(request)
+            if peers[rank].lost is None:
+                self._outgoing.post(peers[rank], body)
+        asked = kind(self._loop, identity, name, step, start_s, deadline_s, self._cancel)  # while it travels
+        asked.wait_for(peers, _LATE_GRACE_S)
+        return asked
 
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
@@ -255,6 +291,8 @@ class Server:
         if envelope.order > 0:
             for delivered in peer.link.accept(envelope.order, body):
                 self._receive(route, peer, codec.decode_body(delivered), sender)
+            if envelope.order % ACKNOWLEDGED == 0:
+                self._outgoing.ping([peer])
         if peer.link.is_due(self._loop.time()):
             self._outgoing.flush(peer)
 
@@ -302,8 +340,7 @@ class Server:
 
     def _cancel(self, peer: Peer, identity: int) -> None:
         """The caller gave up on a request: it need not begin any more."""
-        if peer.forget(identity) is not None:
-            self._outgoing.post(peer, Cancel(run=self.run, epoch=self.epoch, id=identity))
+        self._outgoing.post(peer, codec.encode_body(Cancel(run=self.run, epoch=self.epoch, id=identity)))
 
     # -- time and loss --------------------------------------------------------------------------------------------
 
@@ -317,9 +354,10 @@ class Server:
             self._num_probes_due -= 1
             self.probe()
         now_s, peers = self._loop.time(), list(self.roster.peers.values())
-        turn = peers[self._num_ticks % _TICKS :: _TICKS]
+        num_turns = _TICKS * self._seldomness
+        turn = peers[self._num_ticks % num_turns :: num_turns]
         for peer in turn:
-            peer.check_heartbeats(now_s)
+            peer.check_heartbeats(now_s, HEARTBEAT_S * self._seldomness)
         if not is_probed:
             self._outgoing.ping(turn)
         for peer in peers:

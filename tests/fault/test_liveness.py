@@ -56,7 +56,7 @@ def test_a_worker_that_hangs_ends_itself_at_its_deadline(workbench: Workbench, p
     assert f"took longer than its {deadline_s} s (run.deadlines)" in done.stderr
     assert "in failpoint" in done.stderr, "its stacks are in the error"
     assert "ended itself at a call's deadline" in done.stderr
-    assert re.search(r"^in: (set-up|step \d of 2) of run test$", done.stderr, re.MULTILINE)
+    assert re.search(r"^in: (set-up|step \d of 2|evaluation after step \d) of run test$", done.stderr, re.MULTILINE)
     assert "likely: a hang (the stacks tell where)" in done.stderr
     assert "logs: " in done.stderr
     assert took_s < deadline_s + MARGIN_S

@@ -35,7 +35,7 @@ from trainmaster.system.rpc.commands import (
     ShardFile,
 )
 from trainmaster.system.rpc.messages import Lane, Success
-from trainmaster.system.rpc.peer import Answer
+from trainmaster.system.rpc.peer import Answer, Asked
 from trainmaster.system.storage import Storage
 
 NUM_WORKERS, GROUP = 4, 4
@@ -107,10 +107,9 @@ class Workers:
     def probe(self) -> None:
         """Nobody is lost."""
 
-    def submit(
+    def ask(
         self,
-        rank: int,
-        command: Command,
+        commands: dict[int, Command],
         *,
         name: str,
         deadline_s: float,
@@ -118,24 +117,27 @@ class Workers:
         step: int = 0,
         pre_hooks: tuple[Any, ...] = (),
         post_hooks: tuple[Any, ...] = (),
-    ) -> asyncio.Future[Answer]:
-        said = Said(rank, command, lane, step, name, pre_hooks, post_hooks)
-        self.said.append(said)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_later(0.001, self._answer, said, future)
-        self.num_open += 1
-        return future
+    ) -> Asked:
+        loop = asyncio.get_running_loop()
+        asked = Asked(loop, len(self.said), name, step, loop.time(), deadline_s, lambda *_: None)
+        asked.wait_for({rank: SimpleNamespace(pending={}, lost=None) for rank in commands}, 0.0)
+        for rank, command in commands.items():
+            said = Said(rank, command, lane, step, name, pre_hooks, post_hooks)
+            self.said.append(said)
+            loop.call_later(0.001, self._answer, said, asked)
+            self.num_open += 1
+        return asked
 
-    def _answer(self, said: Said, future: asyncio.Future[Answer]) -> None:
+    def _answer(self, said: Said, asked: Asked) -> None:
         self.num_open -= 1
-        if future.cancelled():
+        if asked.done():
             return
         if self.fails(said):
-            future.set_exception(RunError(f"{said.name} on {said.rank} failed"))
+            asked.fail(said.rank, RunError(f"{said.name} on {said.rank} failed"))
             return
         files = tuple(ShardFile(file=f"{said.rank}") for hook in said.post_hooks if isinstance(hook, Save))
         success = Success(result=self._result(said), files=files)
-        future.set_result(Answer(success, {said.command.type: 1.0}))
+        asked.answer(said.rank, Answer(success, {said.command.type: 1.0}))
 
     def _result(self, said: Said) -> CallDone | FunctionDone | Done:
         match said.command:

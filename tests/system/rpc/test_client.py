@@ -11,7 +11,19 @@ import pytest
 import zmq
 from trainmaster.system.rpc.commands import Done, HostStore
 from trainmaster.system.rpc.inquiries import Refuse
-from trainmaster.system.rpc.messages import Heartbeat, Lane, Message, Ping, Register, Reply, Request, Shutdown, Success
+from trainmaster.system.rpc.link import ACKNOWLEDGED
+from trainmaster.system.rpc.messages import (
+    Cancel,
+    Heartbeat,
+    Lane,
+    Message,
+    Ping,
+    Register,
+    Reply,
+    Request,
+    Shutdown,
+    Success,
+)
 from wire import EPOCH, RUN, Wire, welcome
 
 SCRIPT = """
@@ -161,6 +173,17 @@ def test_a_ping_is_answered_by_a_heartbeat(master: Master):
     for _ in range(100):
         assert isinstance(master.receive(), Heartbeat)
     assert time.monotonic() - start_s < 100 * 0.05 / 2, "more come than by themselves"
+
+
+def test_one_of_many_is_heard_seldom_but_acknowledges_half_a_window_at_once(master: Master):
+    master.start()
+    master.send(replace(WELCOME, num_workers=2**20))
+    assert isinstance(master.receive(), Heartbeat)
+    for identity in range(ACKNOWLEDGED):
+        master.send(Cancel(run=RUN, epoch=EPOCH, id=identity))
+    assert isinstance(master.receive(), Heartbeat)
+    assert master.wire.link.is_idle
+    assert not master.router.poll(3 * 50), "it has nothing to say of its own for a long time"
 
 
 def test_a_busy_worker_leaves_after_a_shutdown(master: Master):

@@ -254,33 +254,6 @@ def decoded(body: bytes) -> Message:
     return codec.decode_body([body])
 
 
-def test_a_command_is_packed_once_for_requests_in_a_row():
-    small, large = (np.arange(size, dtype=np.int32) for size in (3, 5000))
-    command, other = Echo(content=(large, small)), Echo(text="other", content=(large,))
-
-    def request(identity: int, command: Command) -> Request:
-        hook = Save(model="actor", directory="here")
-        return Request(
-            run="r",
-            epoch=1,
-            id=identity,
-            lane=Lane.COMPUTE,
-            deadline_s=1.0,
-            submitted_s=0.0,
-            command=command,
-            post_hooks=(hook,),
-        )
-
-    for identity, each in enumerate((command, command, other, command)):
-        body = codec.encode_body(request(identity, each))
-        decoded = codec.decode_body(body)
-        assert isinstance(decoded, Request)
-        assert isinstance(decoded.command, Echo)
-        assert (decoded.id, decoded.command.text, len(body)) == (identity, each.text, 2)
-        assert decoded.post_hooks == request(identity, each).post_hooks
-        assert all(map(np.array_equal, decoded.command.content, each.content))
-
-
 def test_every_type_of_the_unions_is_tried():
     assert set(get_args(get_args(Message)[0])) == set(MESSAGES)
     assert len(get_args(get_args(Command)[0])) == len(commands.original_strategies)

@@ -32,6 +32,16 @@ def test_it_sends_again_at_growing_intervals():
     assert max(gaps) == pytest.approx(MAX_RESEND_S)
 
 
+def test_where_acknowledgements_are_seldom_it_sends_again_more_seldom():
+    link: Link[str] = Link(seldomness=8)
+    link.post("a")
+    link.due(0.0)
+    assert link.due(8 * RESEND_S - 0.1) == []
+    assert link.due(8 * RESEND_S) == [(1, "a")]
+    link.hurry()
+    assert link.due(8 * RESEND_S) == [(1, "a")], "a connection that breaks tells more than the time"
+
+
 def test_after_a_reconnection_all_that_was_under_way_is_due():
     link: Link[str] = Link()
     link.post("a")

@@ -24,12 +24,13 @@ from trainmaster.api.errors import (
     WorkerLost,
 )
 from trainmaster.system.rpc import codec, framing
+from trainmaster.system.rpc import messages as messages_module
 from trainmaster.system.rpc import outgoing as outgoing_module
-from trainmaster.system.rpc import peer as peer_module
 from trainmaster.system.rpc import server as server_module
 from trainmaster.system.rpc.commands import Done, HostStore, ModelLoaded, Release, Save, ShardFile
 from trainmaster.system.rpc.framing import PROTOCOL_VERSION
 from trainmaster.system.rpc.inquiries import Refuse
+from trainmaster.system.rpc.link import ACKNOWLEDGED
 from trainmaster.system.rpc.messages import (
     Cancel,
     Failure,
@@ -44,7 +45,7 @@ from trainmaster.system.rpc.messages import (
     Success,
     Welcome,
 )
-from trainmaster.system.rpc.peer import Answer
+from trainmaster.system.rpc.peer import Answer, Asked
 from trainmaster.system.rpc.server import Server
 from wire import DIGEST, EPOCH, RUN, Wire, free_address, head, register, welcome
 
@@ -54,8 +55,7 @@ OURS = head()
 
 @pytest.fixture(autouse=True)
 def _quick_heart(monkeypatch: pytest.MonkeyPatch):
-    for module in (server_module, peer_module):
-        monkeypatch.setattr(module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", ALMOST_NO_TIME_S)
     monkeypatch.setattr(server_module, "_LATE_GRACE_S", ALMOST_NO_TIME_S)
     monkeypatch.setattr(outgoing_module, "RECONNECT_S", 0.1)
 
@@ -135,6 +135,24 @@ async def welcomed(server: Server, connect: Connect) -> FakeWorker:
     server.welcome(welcome)
     assert isinstance(await worker.receive(), Welcome)
     return worker
+
+
+async def all_welcomed(server: Server, connect: Connect, num_workers: int) -> list[FakeWorker]:
+    """By rank, after their welcome."""
+    workers = [connect() for _ in range(num_workers)]
+    for worker in workers:
+        await worker.send(register())
+        await worker.ping()  # it is registered: ranks go by that order
+    await server.workers(5)
+    server.welcome(welcome)
+    for worker in workers:
+        assert isinstance(await worker.receive(), Welcome)
+    return workers
+
+
+def ask(server: Server, num_workers: int, deadline_s: float = 5.0) -> Asked:
+    command = Release(ids=("a",))
+    return server.ask(dict.fromkeys(range(num_workers), command), name="release of a", deadline_s=deadline_s)
 
 
 def submit(server: Server, rank: int = 0, deadline_s: float = 5.0, lane: Lane = Lane.COMPUTE) -> asyncio.Future[Answer]:
@@ -430,6 +448,117 @@ def test_every_worker_is_pinged_once_in_a_heartbeat(tmp_path: Path, monkeypatch:
         assert asyncio.get_running_loop().time() - start_s > 2 * 0.2
 
     with_server(tmp_path, scenario, num_workers=6)
+
+
+def test_with_many_workers_each_is_pinged_more_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(messages_module, "_PINGED_EACH_S", 2)
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", 0.1)
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 6)
+        await asyncio.gather(*(worker.ping() for worker in workers))
+        start_s = asyncio.get_running_loop().time()
+        for _ in range(3):
+            await asyncio.gather(*(worker.ping() for worker in workers))
+        assert asyncio.get_running_loop().time() - start_s > 2 * 3 * 0.1
+
+    with_server(tmp_path, scenario, num_workers=6)
+
+
+def test_who_sends_half_a_window_hears_at_once_that_it_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server_module, "HEARTBEAT_S", 4.0)
+
+    async def scenario(server: Server, connect: Connect) -> None:
+        worker = await welcomed(server, connect)
+        for identity in range(ACKNOWLEDGED):  # of requests that nobody made
+            await worker.send(Reply(run=RUN, epoch=EPOCH, id=identity, outcome=Success(result=Done()), seconds={}))
+        async with asyncio.timeout(2):
+            while not worker.wire.link.is_idle:
+                await worker.ping()
+
+    with_server(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(("num_workers", "expected"), [(1, 1), (16, 1), (128, 1), (129, 2), (1024, 8), (4096, 32)])
+def test_no_more_than_some_workers_are_pinged_each_second(num_workers: int, expected: int):
+    assert messages_module.seldomness(num_workers) == expected
+
+
+def test_workers_that_are_asked_together_are_sent_one_request(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 3)
+        asked = ask(server, 3)
+        requests = [await worker.receive() for worker in workers]
+        assert requests[0] == requests[1] == requests[2]
+        for rank in (2, 0, 1):
+            await workers[rank].answer(requests[rank], Success(result=ModelLoaded(num_parameters=rank)))
+        answers = await asked
+        assert [(rank, answer.success.result.num_parameters) for rank, answer in answers.items()] == [
+            (0, 0),
+            (1, 1),
+            (2, 2),
+        ]
+
+    with_server(tmp_path, scenario, num_workers=3)
+
+
+def test_the_first_that_fails_is_named_at_once_and_others_are_listened_to(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 3)
+        asked = ask(server, 3)
+        requests = [await worker.receive() for worker in workers]
+        await workers[1].answer(requests[1], Failure(kind="KeyError", message="'x'", traceback=""))
+        with pytest.raises(RemoteError, match=r"release of a on worker 1 \(pid 7 on here\) failed with KeyError"):
+            await asked
+        assert not asked.is_settled
+        workers[2].socket.close(linger=0)
+        await asked.news()
+        assert [type(error) for error in asked.errors] == [RemoteError, WorkerLost]
+        await workers[0].answer(requests[0], Success(result=Done()))
+        await asked.news()
+        assert asked.is_settled
+
+    with_server(tmp_path, scenario, num_workers=3)
+
+
+def test_who_is_late_of_those_that_were_asked_together_is_named(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 2)
+        asked = ask(server, 2, deadline_s=0.5)
+        await workers[0].answer(await workers[0].receive(), Success(result=Done()))
+        with pytest.raises(DeadlineExceeded, match=r"release of a on worker 1 \(pid 7 on here\) took longer"):
+            await asked
+        assert asked.is_settled
+
+    with_server(tmp_path, scenario, num_workers=2)
+
+
+def test_who_has_answered_is_not_told_of_a_cancellation(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 2)
+        asked = ask(server, 2)
+        requests = [await worker.receive() for worker in workers]
+        news = asked.news()
+        await workers[0].answer(requests[0], Success(result=Done()))
+        await news
+        asked.cancel()
+        ask(server, 2)
+        assert isinstance(await workers[0].receive(), Request)
+        assert await workers[1].receive() == Cancel(run=RUN, epoch=EPOCH, id=requests[1].id)
+
+    with_server(tmp_path, scenario, num_workers=2)
+
+
+def test_of_workers_that_are_asked_one_is_lost_already(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 2)
+        workers[1].socket.close(linger=0)
+        with pytest.raises(WorkerLost):
+            await server.lost
+        with pytest.raises(WorkerLost, match="worker 1"):
+            await ask(server, 2)
+
+    with_server(tmp_path, scenario, num_workers=2)
 
 
 def test_a_request_to_a_worker_that_was_lost_fails_at_once(tmp_path: Path):

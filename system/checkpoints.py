@@ -8,7 +8,6 @@ A directory without the dot is whole: it was synced to disk before it got its na
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from ..api.errors import RunError
 from .rpc.commands import ShardFile
 from .service.adapter import WEIGHTS, is_part, join
-from .service.files import sync
+from .service.files import digest_of, sync
 from .service.manifest import INDEX, WrittenFile, write_manifest
 
 
@@ -74,7 +73,6 @@ def _with_whole_adapter(directory: Path, written: Sequence[ShardFile]) -> list[S
     join([directory / part.file for part in parts], whole)
     for part in parts:
         (directory / part.file).unlink()
-    with whole.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    joined = replace(parts[0], file=WEIGHTS, size_bytes=sum(part.size_bytes for part in parts), sha256=digest)
+    size_bytes = sum(part.size_bytes for part in parts)
+    joined = replace(parts[0], file=WEIGHTS, size_bytes=size_bytes, sha256=digest_of(whole))
     return sorted([joined, *(file for file in written if file not in parts)], key=lambda file: file.file)

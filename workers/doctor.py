@@ -71,12 +71,7 @@ def examine(compiled: CompiledExperiment, run_directory: Path) -> Iterator[Exami
         if call.kind is CallKind.GENERATE or call.model in seen:
             continue
         seen.add(call.model)
-        records = [
-            recording.read(path)
-            for path in sorted(
-                recording.path_of(run_directory, call.name, 0).parent.glob(f"{call.name}-worker-*.safetensors")
-            )
-        ]
+        records = recording.read_all(run_directory, call.name)
         if not any(record.microbatches for record in records):
             raise RunError(f"call {call.name} was not made in the step: it had nothing to work on")
         yield compare(compiled, call, records)

@@ -102,6 +102,11 @@ def path_of(run_directory: Path, call: str, worker: int) -> Path:
     return run_directory / DIRECTORY / f"{call}-worker-{worker}.safetensors"
 
 
+def read_all(run_directory: Path, call: str) -> list[Record]:
+    """Those of a call, of all its workers."""
+    return [read(path) for path in sorted((run_directory / DIRECTORY).glob(f"{call}-worker-*.safetensors"))]
+
+
 def read(path: Path) -> Record:
     """What `write` wrote, on the CPU."""
     with safe_open(path, "pt") as file:

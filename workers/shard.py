@@ -81,8 +81,6 @@ class ModelShard:
             if placed.optimizer.state is not None:
                 self.version = read_state(self.stages, self.optimizer, placed.optimizer.state)
                 self.optimizer.num_steps += self.version
-        for stage in self.stages if owner is None else ():
-            recompute_layers(stage.cut.layers, placed.model.layout.recompute)
         dtype = type_of(placed.model.dtype)
         self._runner = Runner(self.stages, groups.pipe, groups.gradients, context.device, dtype)
 
@@ -318,5 +316,6 @@ def _make_stages(
         predicate.apply(stage)
         if dtype is not torch.float32:
             masters |= round_to(stage, dtype, keeps_masters=placed.optimizer is not None)
+        recompute_layers(stage.cut.layers, model.layout.recompute)
         stages.append(stage.to(context.device))
     return tuple(stages), masters, predicate.adapters

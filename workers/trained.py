@@ -29,9 +29,9 @@ class Trained:
     """The predicate of one shard. `adapters`: of all of its stages, also if they are not trained; None without."""
 
     def __init__(self, placed: PlacedModel, seed: int) -> None:
-        self._placed, self._lora = placed, placed.model.lora
+        self._placed, lora = placed, placed.model.lora
         self._patterns = [re.compile(pattern) for pattern in placed.model.trainable]
-        self.adapters = None if self._lora is None else Adapters(self._lora, placed.field, seed)
+        self.adapters = None if lora is None else Adapters(lora, placed.field, seed)
 
     def survey(self, model: PreTrainedModel) -> None:
         """Raises ConfigError for what finds nothing in the whole model; ModelError for the adapters of another."""
@@ -46,10 +46,10 @@ class Trained:
                     "correct it (names are those of transformers, such as model.layers.0.self_attn.q_proj.weight; a "
                     "tied head has its embedding's), or take it out",
                 )
-        if self.adapters is not None and self._lora is not None:
+        if self.adapters is not None:
             self.adapters.find(model)
-            if self._lora.path is not None:
-                check_names(self._lora.path, self.adapters.shapes(model))
+            if self.adapters.lora.path is not None:
+                check_names(self.adapters.lora.path, self.adapters.shapes(model))
 
     def need(self, model: PreTrainedModel, dtype: torch.dtype) -> Need:
         """Of a stage's model, before it is there."""
@@ -67,8 +67,8 @@ class Trained:
         if self._placed.optimizer is not None:
             for name, parameter in stage.model.named_parameters():
                 parameter.requires_grad_(self.adapters is None and self._is_trained(name))
-        if self.adapters is not None and self._lora is not None:
-            path, names = self._lora.path, self.adapters.shapes(stage.model)
+        if self.adapters is not None:
+            path, names = self.adapters.lora.path, self.adapters.shapes(stage.model)
             values = {} if path is None else read_adapters(path, tuple(names), stage.index, stage.num_stages)
             self.adapters.attach(stage.model, values)
 

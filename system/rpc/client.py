@@ -202,10 +202,7 @@ class Client:
         self._dealer.reconnect(self._silence_s)
 
     def _say_own(self, now_s: float) -> None:
-        """What nobody asked for: heartbeats answer pings, and come by themselves only if there are none.
-
-        Of one of few workers, when a ping is late; of one of many, when one is missing.
-        """
+        """What nobody asked for: heartbeats come by themselves only if a ping is late; with many workers, missing."""
         if self.current is None:
             self._say(self._register)
         elif now_s - self._said_s > HEARTBEAT_S * (2 * seldomness(self.current.num_workers) - 1):
@@ -258,7 +255,7 @@ class Client:
             self._again_s = time.monotonic() + HEARTBEAT_S
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._keys is not None:
             if self.current is not None:
-                self._leave(f"the master does not accept this worker's key any more ({self._keys.name})")
+                _leave(f"the master does not accept this worker's key any more ({self._keys.name})")
             self._answers.put(self._keys.refused(self._master))
 
     def _check_master(self, now_s: float) -> None:
@@ -267,7 +264,7 @@ class Client:
         if self.current is None or self._disconnected_s is None:
             return  # before the welcome, `welcome` watches the clock
         if now_s - self._disconnected_s > self.current.orphan_s:
-            self._leave("the master closed its connection, or fell silent, and did not come back")
+            _leave("the master closed its connection, or fell silent, and did not come back")
 
     def _receive(self, frames: list[framing.Frame]) -> None:
         try:
@@ -307,7 +304,7 @@ class Client:
             case Refuse():
                 self._answers.put(message)
                 if self.current is not None:
-                    self._leave(f"the master refuses this worker: {message.reason}")
+                    _leave(f"the master refuses this worker: {message.reason}")
             case Shutdown() if self.current is None:
                 self._answers.put(message)
             case Ping():
@@ -357,10 +354,11 @@ class Client:
             logging.shutdown()
             os._exit(0 if shutdown.is_done else EXIT_RUN_FAILED)
 
-    def _leave(self, why: str) -> None:
-        logger.error("%s: this worker ends", why)
-        logging.shutdown()
-        os._exit(EXIT_MASTER_LOST)
+
+def _leave(why: str) -> None:
+    logger.error("%s: this worker ends", why)
+    logging.shutdown()
+    os._exit(EXIT_MASTER_LOST)
 
 
 def _refused(master: str, reason: str) -> ConfigError:

@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from ...system.rpc.commands import ShardFile
-from ...system.service.files import sync
+from ...system.service.files import digest_of, sync
 from . import hf_compat
-from .integrity import digest_of
 from .stage import Stage
 
 

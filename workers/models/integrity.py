@@ -9,22 +9,16 @@ Does not: know of models. Whether the tensors are those that a model wants is fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ...api.errors import ModelError
+from ...system.service.files import digest_of
 from ...system.service.manifest import INDEX, MANIFEST, read_manifest
 
 _AGAIN = "copy the checkpoint once more, or take another"
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(directory: Path, index: int = 0, num_parts: int = 1, folder: str = ".") -> None:

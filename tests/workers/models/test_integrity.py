@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from trainmaster.api.errors import ModelError
+from trainmaster.system.service.files import digest_of
 from trainmaster.system.service.manifest import INDEX, MANIFEST, WrittenFile, write_manifest
 from trainmaster.workers.models import integrity
 
@@ -21,7 +22,7 @@ def checkpoint(tmp_path: Path) -> Path:
     written = {}
     for name in FILES:
         path = tmp_path / name
-        written[name] = WrittenFile(size_bytes=path.stat().st_size, sha256=integrity.digest_of(path))
+        written[name] = WrittenFile(size_bytes=path.stat().st_size, sha256=digest_of(path))
     write_manifest(tmp_path, written)
     return tmp_path
 

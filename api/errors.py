@@ -112,3 +112,10 @@ class DeadlineExceeded(RunError):
     """A wait with a name took longer than it was given."""
 
     likely = "a hang (the stacks tell where), or mere slowness: then give it more time (run.deadlines), or less work"
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first error in a (nested) group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -13,12 +13,14 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+from .config import Model
 from .errors import ConfigError, TrainmasterError
 from .experiments.base import CompiledExperiment, Experiment
 
@@ -50,6 +52,8 @@ class ExperimentFile:
 
     def resolve(self, overrides: Sequence[str] = (), prog: str = "trainmaster") -> LoadedExperiment:
         """The experiment with command-line overrides (`--model.layout.pp 2`), prepared.
+
+        `--model DIR` is short for `--model.path DIR`. It takes the place of random weights that the file asks for.
 
         Raises `ConfigError`; an unknown field prints the near matches and exits with 2.
         """
@@ -107,13 +111,31 @@ def _override(experiment: Experiment, overrides: Sequence[str], prog: str) -> Ex
 
     if not overrides:
         return experiment
+    values = {each.name: getattr(experiment, each.name) for each in fields(experiment)}  # type: ignore[arg-type]
+    models = {name: value for name, value in values.items() if isinstance(value, Model)}
+    arguments = [part for argument in overrides for part in _path_spelt_out(argument, models)]
+    drawn = {name: model for name, model in models.items() if model.config}
+    for flag, directory in pairwise(arguments):
+        name = flag.removeprefix("--").removesuffix(".path")
+        if name in drawn and flag == f"--{name}.path":
+            checkpoint = replace(drawn[name], path=Path(directory), config={}, tokenizer=None)
+            experiment = replace(experiment, **{name: checkpoint})  # type: ignore[type-var]  # a record of its own class
     return tyro.cli(
         type(experiment),
         default=experiment,
-        args=list(overrides),
+        args=arguments,
         prog=prog,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues),
     )
+
+
+def _path_spelt_out(argument: str, models: Collection[str]) -> list[str]:
+    """`--model` and `--model=DIR`, where `model` is a model, as options of its path; all else as it is."""
+    flag, equals, value = argument.partition("=")
+    name = flag.removeprefix("--").removesuffix(".path")
+    if name not in models or flag not in (f"--{name}", f"--{name}.path"):
+        return [argument]
+    return [f"--{name}.path", value] if equals else [f"--{name}.path"]
 
 
 def _digest(file: Path, module: ModuleType) -> str:

@@ -69,6 +69,8 @@ class Cells:
     size_bytes: Numbers
     counts: Numbers
     """Of its sequences."""
+    has_counts: bool
+    """Whether any has another number of sequences than one."""
     starts: Numbers
     """Where its first sequence is in `lengths`."""
     lengths: npt.NDArray[np.int32]
@@ -188,6 +190,7 @@ def _describe(
         keys=tuple(KeyType(name=name, dtype=dtype, trailing=trailing) for _, name, dtype, trailing in types),
         size_bytes=size_bytes,
         counts=counts,
+        has_counts=bool((counts != 1).any()),
         starts=starts,
         lengths=np.concatenate(lengths),
     )

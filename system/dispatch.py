@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..api.errors import PeerLost, RemoteError
+from ..api.errors import PeerLost, RemoteError, first_cause
 from .rpc.peer import Answer, Asked
 from .rpc.server import Server
 
@@ -35,13 +35,6 @@ async def settle(server: Server, *asked: Asked) -> list[dict[int, Answer]]:
     finally:
         for each in asked:
             each.cancel()
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """The first error in a (nested) group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..api.algorithms import Generation
-from ..api.errors import Interrupted
+from ..api.errors import Interrupted, first_cause
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind
@@ -24,7 +24,7 @@ from .cadence import Cadence, plan_cadence
 from .cluster import Cluster
 from .control import Control
 from .describe import Foretell, schedule_of
-from .dispatch import first_cause, located
+from .dispatch import located
 from .evaluation import Evaluator
 from .monitoring.metrics import MetricsLog
 from .monitoring.progress import ProgressLine

@@ -8,6 +8,7 @@ several gathers; what remains is direct.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,12 +17,33 @@ from .routing import NUM_WAVES, Hops
 from .rpc.parcels import KINDS, Parcels, Redistribute, StepKind, Whole
 from .storage import Numbers, distinct, spans, starts_of_runs
 
+Messages = dict[int, Redistribute]
+"""By rank."""
+_CELLS_AT_ONCE = 2**16
+"""That many of each array are in a core's cache; and of thousands of workers, each with a few, all are dealt with at
+once."""
 
-def parcel_out(demand: Demand, hops: Hops, tag: int) -> dict[int, Redistribute]:
+
+def parcel_out(demand: Demand, hops: Hops, tag: int) -> Messages:
     """Messages by rank, for those that send or receive."""
     plan = _parcels(demand, hops)
-    messages = _Messages(plan, demand.cells)
-    return {rank: messages.message(rank, tag) for rank in distinct(np.concatenate([plan.source, plan.peers])).tolist()}
+    ranks = np.arange(demand.places.num_ranks + 1)
+    parcel = np.repeat(np.arange(len(plan.source)), plan.num_peers)
+    order = np.sort((plan.peers.astype(np.int64) * NUM_WAVES + plan.wave[parcel]) * max(1, len(parcel)) + parcel)
+    rest, received = split(order, len(parcel))
+    sent_starts, received_starts = np.searchsorted(plan.source, ranks), np.searchsorted(rest, ranks * NUM_WAVES)
+    cells_before = _ends(plan.num_cells)[sent_starts] + _ends(plan.num_cells[received])[received_starts]
+    firsts = distinct(np.searchsorted(cells_before[:-1], np.arange(0, cells_before[-1], _CELLS_AT_ONCE)))
+    first_peer = _ends(plan.num_peers)
+    messages: Messages = {}
+    for first, end in pairwise([*firsts.tolist(), len(ranks) - 1]):
+        these, those = sent_starts[first : end + 1], received_starts[first : end + 1]
+        outgoing, incoming = np.arange(these[0], these[-1]), received[those[0] : those[-1]]
+        peers = plan.peers[first_peer[these[0]] : first_peer[these[-1]]]
+        sent = _Side(plan, demand.cells, outgoing, these, plan.num_peers[outgoing], peers)
+        got = _Side(plan, demand.cells, incoming, those, np.ones(len(incoming), np.int32), plan.source[incoming])
+        messages |= _messages(sent, got, demand.cells, first, end - first, tag)
+    return messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,42 +107,33 @@ def _kinds(source: Numbers, wave: Numbers, num_peers: Numbers, peer: Numbers, pl
 
 
 class _Side:
-    """Parcels of one direction, worker by worker."""
+    """Parcels of one direction, of some workers in a row: worker by worker."""
 
     def __init__(
-        self,
-        plan: _Plan,
-        cells: Cells,
-        num_ranks: int,
-        parcels: Numbers,
-        ranks: Numbers,
-        num_peers: Whole,
-        peers: Whole,
+        self, plan: _Plan, cells: Cells, parcels: Numbers, starts: Numbers, num_peers: Whole, peers: Whole
     ) -> None:
-        """`parcels` that workers have, who are in `ranks`, ascending; `peers` parcel by parcel."""
-        self._kinds, self._waves, self._num_peers, self._peers = (
-            plan.kind[parcels],
-            plan.wave[parcels],
-            num_peers,
-            peers,
-        )
-        self._num_cells = plan.num_cells[parcels]
+        """`parcels` are those that the workers have, and `num_peers` theirs; `peers`, of all of them, parcel by parcel.
+        `starts`: where each worker's begin, and where the last one's end."""
+        starts = starts - starts[0]
+        self._kinds, self._waves, self._num_cells = plan.kind[parcels], plan.wave[parcels], plan.num_cells[parcels]
+        self._num_peers, self._peers = num_peers, peers
         self.cells = plan.cells[spans(plan.first_cell[parcels], self._num_cells)].astype(np.int64)
         """Parcel by parcel."""
-        self.ranks = np.repeat(ranks, self._num_cells)
-        """Of each of the cells."""
-        counts = cells.counts[self.cells]
-        self._counts = counts.astype(np.int32) if (cells.counts != 1).any() else None
-        self._lengths = cells.lengths[spans(cells.starts[self.cells], counts)]
-        first = np.searchsorted(ranks, np.arange(num_ranks + 1))
-        first_cell = _ends(self._num_cells)[first]
-        each = (first, _ends(num_peers)[first], first_cell, _ends(counts)[first_cell])
-        self._starts = [starts.tolist() for starts in each]
-        """Of parcels, peers, cells and lengths, by rank."""
+        first_cell = _ends(self._num_cells)[starts]
+        self.seats = np.repeat(np.arange(len(starts) - 1), np.diff(first_cell))
+        """Of each of the cells: which of the workers has it."""
+        self._counts, first_length, which = None, first_cell, cells.starts[self.cells]
+        if cells.has_counts:
+            counts = cells.counts[self.cells]
+            self._counts, first_length = counts.astype(np.int32), _ends(counts)[first_cell]
+            which = spans(which, counts)
+        self._lengths = cells.lengths[which]
+        self._starts = [each.tolist() for each in (starts, _ends(num_peers)[starts], first_cell, first_length)]
+        """Of parcels, peers, cells and lengths, by worker."""
 
-    def parcels(self, rank: int, numbers: Whole) -> Parcels:
+    def parcels(self, seat: int, numbers: Whole) -> Parcels:
         """`numbers`: of all the cells, each as its worker is told of it."""
-        parcels, peers, cells, lengths = (slice(*starts[rank : rank + 2]) for starts in self._starts)
+        parcels, peers, cells, lengths = (slice(*starts[seat : seat + 2]) for starts in self._starts)
         return Parcels(
             kinds=self._kinds[parcels],
             waves=self._waves[parcels],
@@ -133,48 +146,46 @@ class _Side:
         )
 
 
-class _Messages:
-    def __init__(self, plan: _Plan, cells: Cells) -> None:
-        num_ranks = 1 + max(int(plan.source.max(initial=-1)), int(plan.peers.max(initial=-1)))
-        everything, source = np.arange(len(plan.source)), plan.source.astype(np.int64)
-        parcel = np.repeat(everything, plan.num_peers)
-        order = np.sort((plan.peers.astype(np.int64) * NUM_WAVES + plan.wave[parcel]) * max(1, len(parcel)) + parcel)
-        rest, received = split(order, len(parcel))
-        ones = np.ones(len(received), np.int32)
-        self._sent = _Side(plan, cells, num_ranks, everything, source, plan.num_peers, plan.peers)
-        self._received = _Side(plan, cells, num_ranks, received, rest // NUM_WAVES, ones, plan.source[received])
-        ranks = np.concatenate([self._sent.ranks, self._received.ranks])
-        key, sample = split(np.concatenate([self._sent.cells, self._received.cells]), len(cells.ids))
-        keys, self._first_key, key_places = _numbered(ranks, num_ranks, key, len(cells.keys))
-        samples, self._first_sample, sample_places = _numbered(ranks, num_ranks, sample, len(cells.ids))
-        self._keys = [cells.keys[at] for at in keys.tolist()]
-        self._ids = [cells.ids[at] for at in samples.tolist()]
-        num_samples = np.diff(self._first_sample)
-        numbers = (key_places * num_samples[ranks] + sample_places).astype(np.int32)
-        self._numbers = np.split(numbers, [len(self._sent.cells)])
-
-    def message(self, rank: int, tag: int) -> Redistribute:
-        sent, received = self._numbers
-        return Redistribute(
+def _messages(sent: _Side, received: _Side, cells: Cells, first_rank: int, num_ranks: int, tag: int) -> Messages:
+    """Of workers in a row."""
+    seats = np.concatenate([sent.seats, received.seats])
+    key, sample = split(np.concatenate([sent.cells, received.cells]), len(cells.ids))
+    keys, first_key, key_places = _numbered(seats, num_ranks, key, len(cells.keys))
+    samples, first_sample, sample_places = _numbered(seats, num_ranks, sample, len(cells.ids))
+    names, ids = [cells.keys[at] for at in keys.tolist()], [cells.ids[at] for at in samples.tolist()]
+    numbers = (key_places * np.diff(first_sample)[seats] + sample_places).astype(np.int32)
+    of_sent, of_received = np.split(numbers, [len(sent.cells)])
+    return {
+        first_rank + seat: Redistribute(
             tag=tag,
-            ids=tuple(self._ids[slice(*self._first_sample[rank : rank + 2])]),
-            keys=tuple(self._keys[slice(*self._first_key[rank : rank + 2])]),
-            outgoing=self._sent.parcels(rank, sent),
-            incoming=self._received.parcels(rank, received),
+            ids=tuple(ids[slice(*first_sample[seat : seat + 2])]),
+            keys=tuple(names[slice(*first_key[seat : seat + 2])]),
+            outgoing=sent.parcels(seat, of_sent),
+            incoming=received.parcels(seat, of_received),
         )
+        for seat in distinct(seats).tolist()
+    }
 
 
-def _numbered(ranks: Numbers, num_ranks: int, values: Numbers, num_values: int) -> tuple[Numbers, list[int], Numbers]:
-    """Each worker's values, without repetition and ascending, one worker's after the other's; by rank where they begin;
-    and of all values their places among their worker's."""
-    codes = ranks * num_values + values
-    ordered, order = split(np.sort(codes * len(codes) + np.arange(len(codes))), len(codes))
-    first = starts_of_runs(ordered)
-    places = np.empty(len(codes), np.int64)
-    places[order] = np.repeat(np.arange(len(first)), np.diff(first, append=len(codes)))
-    owners, found = split(ordered[first], num_values)
-    starts = np.searchsorted(owners, np.arange(num_ranks + 1))
-    return found, starts.tolist(), places - starts[ranks]
+def _numbered(seats: Numbers, num_seats: int, values: Numbers, num_values: int) -> tuple[Numbers, list[int], Numbers]:
+    """Each worker's values, without repetition and ascending, one worker's after the other's; by worker where they
+    begin; and of all values their places among their worker's."""
+    codes = seats * num_values + values
+    if num_seats * num_values <= 4 * len(codes):  # a table of all that could be
+        is_used = np.zeros(num_seats * num_values, np.bool_)
+        is_used[codes] = True
+        used = np.flatnonzero(is_used)
+        table = np.empty(len(is_used), np.int64)
+        table[used] = np.arange(len(used))
+        places = table[codes]
+    else:
+        ordered, order = split(np.sort(codes * len(codes) + np.arange(len(codes))), len(codes))
+        first = starts_of_runs(ordered)
+        used, places = ordered[first], np.empty(len(codes), np.int64)
+        places[order] = np.repeat(np.arange(len(first)), np.diff(first, append=len(codes)))
+    owners, found = split(used, num_values)
+    starts = np.searchsorted(owners, np.arange(num_seats + 1))
+    return found, starts.tolist(), places - starts[seats]
 
 
 def _ends(counts: Numbers | Whole) -> Numbers:

@@ -1,6 +1,6 @@
 """GRPO on GSM8K with the number-matching reward, for a Hugging Face model of your own.
 
-    trainmaster run examples/gsm8k/grpo.py --actor.path models/my-model --prompts.path path/to/gsm8k/train.jsonl
+    trainmaster run examples/gsm8k/grpo.py --actor models/my-model --prompts.path path/to/gsm8k/train.jsonl
 
 The defaults suit a model of a billion parameters or so on GPUs; for a try on a CPU, take the checkpoint that
 examples/gsm8k/sft.py leaves, and --batch_size 4 --group_size 4 --sampling.max_new_tokens 32 --run.steps 3.

@@ -2,7 +2,7 @@
 
     trainmaster run examples/gsm8k/sft.py --dataset.path path/to/gsm8k/train.jsonl
 
-To fine-tune a model that you have, give its directory: `Model(path=...)` brings its own tokenizer.
+To fine-tune a model that you have, of any family, add `--model path/to/its/directory`: it brings its own tokenizer.
 """
 
 import json

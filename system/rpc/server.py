@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Required, TypedDict, Unpack
 
-from ...api.errors import DeadlineExceeded, ProtocolError, RunError
+from ...api.errors import DeadlineExceeded, ProtocolError, RunError, first_cause
 from ..service.keys import Holder, MasterKeys, Role
 from . import codec, framing
 from .commands import Command, Hook
@@ -117,7 +117,7 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        reason = "the run is over" if error is None else f"the run ended: {error or type(error).__name__}"
+        reason = "the run is over" if error is None else f"the run ended: {_said(error)}"
         shutdown = Shutdown(is_done=error is None, reason=reason[:2000])
         for peer in list(self.roster.peers.values()):
             peer.lost = RunError(reason)
@@ -382,6 +382,11 @@ def _quiet(loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:  # Any: the 
     future: asyncio.Future[Any] = loop.create_future()
     future.add_done_callback(lambda done: done.cancelled() or done.exception())  # an unread failure is no news
     return future
+
+
+def _said(error: BaseException) -> str:
+    cause = first_cause(error)
+    return str(cause) or type(cause).__name__
 
 
 def _too_few(roster: Roster, address: str, deadline_s: float, dropped: str | None) -> DeadlineExceeded:

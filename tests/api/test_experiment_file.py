@@ -103,6 +103,24 @@ def test_a_key_of_the_models_config_can_be_overridden(tmp_path: Path):
     assert loaded.experiment.model.config == {"model_type": "qwen2", "hidden_size": 16}
 
 
+@pytest.mark.parametrize(
+    "option", [["--model", "mine"], ["--model=mine"], ["--model.path", "mine"], ["--model.path=mine"]]
+)
+def test_a_checkpoint_takes_the_place_of_random_weights(tmp_path: Path, option: list[str]):
+    file = read_experiment_file(write(tmp_path))
+    model = file.resolve([*option, "--model.layout.dp", "2"]).experiment.model
+    assert (model.path, model.config, model.tokenizer) == (Path("mine"), {}, None)
+    assert (model.layout.dp, model.layout.pp) == (2, 2)
+    assert file.resolve([*option, "--model.tokenizer", "other"]).experiment.model.tokenizer == Path("other")
+    assert file.experiment.model.config == {"model_type": "qwen2", "hidden_size": 8}
+
+
+def test_another_checkpoint_leaves_the_files_tokenizer(tmp_path: Path):
+    text = EXPERIMENT.replace('config={"model_type": "qwen2", "hidden_size": 8}', 'path="first"')
+    model = read_experiment_file(write(tmp_path, text)).resolve(["--model", "second"]).experiment.model
+    assert (model.path, model.tokenizer) == (Path("second"), Path("tokenizer"))
+
+
 def test_an_override_that_breaks_a_rule_is_a_config_error(tmp_path: Path):
     file = read_experiment_file(write(tmp_path))
     with pytest.raises(ConfigError, match=r"batch_size = 8: must be a multiple of minibatch_size \(3\)"):

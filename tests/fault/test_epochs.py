@@ -8,8 +8,7 @@ import time
 
 import pytest
 from epochs import own_epochs
-from trainmaster.api.errors import WorkerLost
-from trainmaster.system.dispatch import first_cause
+from trainmaster.api.errors import WorkerLost, first_cause
 from workbench import Workbench
 
 LAYOUT = ("--model.layout.dp", "2", "--model.layout.pp", "2", "--run.steps", "3")

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from epochs import own_epochs
 from stage import SERVED_S, Actor, Stage, state
-from trainmaster.api.errors import WorkerLost
-from trainmaster.system.dispatch import first_cause
+from trainmaster.api.errors import WorkerLost, first_cause
 from trainmaster.system.rpc.client import EXIT_MASTER_LOST
 from wire import EPOCH, free_address
 from workbench import Workbench, wait_for_step

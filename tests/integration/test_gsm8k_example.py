@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 
+import pytest
+from tiny_models import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM
 from workbench import Workbench
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "gsm8k"
@@ -31,6 +35,29 @@ def run_example(bench: Workbench, name: str, *overrides: str) -> str:
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     return out
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "phi3"])
+def test_sft_of_a_checkpoint_of_any_family(family: str, workbench: Workbench) -> None:
+    rows, start = workbench.folder / "worked.jsonl", workbench.folder / family
+    write_rows(rows, wording=0)
+    runpy.run_path(str(EXAMPLES / "sft.py"))["train_tokenizer"](rows, ("question", "answer"), start)
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "n_positions": 1024, "eos_token_id": 0}
+    config = {
+        name: value for name, value in tiny_config(family).items() if name not in ("bos_token_id", "pad_token_id")
+    }
+    config |= {name: value for name, value in sizes.items() if name in config or name == "eos_token_id"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(start)
+
+    sft = ("--run.steps", "4", "--optimizer.learning_rate", "3e-3", "--optimizer.warmup_steps", "0")
+    run_example(workbench, "sft.py", "--model", str(start), "--dataset.path", str(rows), *sft)
+    losses = workbench.series("train/loss", "gsm8k-sft")
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.1
+    left = workbench.folder / "runs" / "gsm8k-sft" / "checkpoints" / "step-4"
+    trained, report = AutoModelForCausalLM.from_pretrained(left, output_loading_info=True)
+    assert trained.config.model_type == family
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_grpo_goes_on_from_what_sft_left(workbench: Workbench) -> None:

@@ -9,6 +9,8 @@ the batch and transformers' own predicate (causal, sliding window, chunks). Ever
 down to its attention layers, so the batch reaches them without keywords, hooks or globals, also when activation
 checkpointing recomputes in another thread. The *attention function* reads it and runs each sequence by itself.
 
+On a GPU one kernel computes the whole row (`kernels`).
+
 With a KV cache, sequences *decode* or *join*. One that decodes has one new token, which attends to what the cache holds
 of its own, all in one kernel call; one that joins is as above, and its keys and values are kept. A pass has any number
 of either: first those that decode, rows 0 to n-1 of the cache, then those that join, in the rows after them.
@@ -26,7 +28,7 @@ head size, E value head size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,15 +39,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from ...api.errors import ModelError
-from . import hf_compat
+from . import hf_compat, kernels
 from .cache import KVCache, Slots
+from .kernels import Kernel, Need, Scores, Sight, Visible, attend, attend_cached
 
 ATTENTION = "trainmaster_packed"
-
-# (batch, head, query position, key position) -> may see; broadcasts over index tensors
-Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,11 +161,11 @@ class PackedPass:
         return max(self.batch.starts[: self.num_decoding]) + 1
 
     @cached_property
-    def runs(self) -> list[tuple[int, int]]:
-        """The batch's, less the sequences that decode."""
+    def joining(self) -> PackedBatch:
+        """The batch, less the sequences that decode."""
         if not self.num_decoding:
-            return self.batch.runs
-        return [(len(list(run)), length) for length, run in groupby(self.batch.seqlens[self.num_decoding :])]
+            return self.batch
+        return PackedBatch(self.batch.seqlens[self.num_decoding :], self.batch.device)
 
     @cached_property
     def slots(self) -> Slots:
@@ -201,6 +202,29 @@ class PackedMask:
         self.current, self.visible, self.window, self.is_custom = current, visible, window, is_custom
         self._dense: dict[int, Tensor] = {}
         self._newest: Tensor | None = None
+
+    @cached_property
+    def sight(self) -> Sight:
+        """What a token sees in the sequences that join."""
+        if self.is_plain(self.current.joining.longest):
+            return Sight.ALL
+        return Sight.WINDOW if self._is_window else Sight.OTHER
+
+    @property
+    def _is_window(self) -> bool:
+        """Whether the predicate is a sliding window, as seen where windows and chunks begin and end."""
+        if self.is_custom or self.window is None:
+            return False
+        index = torch.arange(2 * self.window + 1, device=self.current.batch.device)
+        query, key, zero = index[:: max(1, self.window // 2), None], index[None], index.new_zeros(1, 1)
+        return torch.equal(self.visible(zero, zero, query, key), (key <= query) & (key > query - self.window))
+
+    @cached_property
+    def blocks(self) -> BlockMask:
+        """Who sees whom in the row of sequences that join."""
+        row = self.current.joining
+        sequence = torch.arange(len(row.seqlens)).repeat_interleave(torch.tensor(row.seqlens))
+        return kernels.blocks_of(self.visible, sequence.to(row.device), row.position_ids[0])
 
     def is_plain(self, length: int) -> bool:
         """Whether, in a sequence of `length`, a token sees exactly itself and all before it."""
@@ -252,23 +276,6 @@ def packed_mask(
     return PackedMask(current, mask_function, local_size, is_custom=use_vmap)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How a layer turns queries and keys into weights."""
-
-    scale: float
-    """Factor on the dot products."""
-    softcap: float | None = None
-    """c of c * tanh(scores / c)."""
-    sinks: Tensor | None = None
-    """[H] logits that take weight and give no value (gpt-oss)."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a fused kernel computes them."""
-        return self.softcap is None and self.sinks is None
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -311,75 +318,43 @@ def packed_attention(
                 return out, None
             decoded = [out[0]]
             query, key, value = (tensor[:, :, num_decoding:] for tensor in (query, key, value))
-    runs = current.runs
+    joined = _attend_row(query, key, value, mask, scores)
+    return torch.cat([*decoded, *joined])[None], None
+
+
+def _attend_row(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scores: Scores) -> list[Tensor]:
+    """The sequences that join, [1, heads, T, size] each -> [t, H, E], for one stretch of t tokens after another."""
+    kernel = _kernel_of(query, value, mask, scores)
+    if kernel is Kernel.RUNS:
+        return _attend_runs(query, key, value, mask, scores)
+    if kernel is Kernel.FLEX:
+        return [kernels.attend_flex(query, key, value, mask.blocks, scores)]
+    attend_fused = kernels.attend_varlen if kernel is Kernel.VARLEN else kernels.attend_flash
+    row, window = mask.current.joining, mask.window if mask.sight is Sight.WINDOW else None
+    return [attend_fused(query, key, value, row.cu_seqlens, row.longest, window, scores)]
+
+
+def _kernel_of(query: Tensor, value: Tensor, mask: PackedMask, scores: Scores) -> Kernel:
+    if query.device.type != "cuda":
+        return Kernel.RUNS
+    sizes = query.shape[-1], value.shape[-1]
+    return kernels.kernel_for(
+        Need(query.dtype, sizes, mask.sight, scores.softcap is not None, scores.sinks is not None)
+    )
+
+
+def _attend_runs(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scores: Scores) -> list[Tensor]:
+    runs = mask.current.joining.runs
     sizes = [count * length for count, length in runs]
     # split, not slices: the backward of n slices fills n tensors of full size with zeros, that of a split is one cat
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    rows = decoded
+    rows = []
     for (count, length), part in zip(runs, parts, strict=True):
         # [count, heads, L, size]
         q, k, v = (tensor[0].unflatten(1, (count, length)).transpose(0, 1) for tensor in part)
         seen = None if scores.is_plain and mask.is_plain(length) else mask.dense(length)
         rows.append(attend(q, k, v, seen, scores).transpose(1, 2).flatten(0, 1))  # [count * L, H, E]
-    return torch.cat(rows)[None], None
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Sequences of one length: query [n, H, L, D], key [n, K, S, D], value [n, K, S, E] -> [n, H, L, E].
-
-    `mask` is bool, [1, 1, L, S], True where a query sees a key; None is plain causal with L = S and plain scores.
-    """
-    if not scores.is_plain:
-        assert mask is not None, "the math path takes an explicit mask"
-        return _attend_by_math(query, key, value, mask, scores)
-    value_size = value.shape[-1]
-    if value_size < key.shape[-1]:  # multi-head latent attention: the fused CPU kernel wants equal head sizes
-        value = F.pad(value, (0, key.shape[-1] - value_size))
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scores.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out[..., :value_size]
-
-
-def attend_cached(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """The newest token of each row: query [1, H, n, D], keys [n, K, S, D], values [n, K, S, E] -> [1, n, H, E].
-
-    `mask` is bool, [n, 1, 1, S] or [1, 1, 1, S], True where a token sees a key; None: all see all.
-    """
-    num_rows, num_key_heads = keys.shape[:2]
-    if not scores.is_plain:
-        out = _attend_by_math(query.transpose(0, 2), keys, values, mask, scores)  # [n, H, 1, E]
-        return out.reshape(1, num_rows, -1, values.shape[-1])
-    # heads that share keys stand as queries of one head, so that no key is read twice and none is copied
-    grouped = query.transpose(0, 2).reshape(num_rows, num_key_heads, -1, keys.shape[-1])  # [n, K, H / K, D]
-    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
-    return out.reshape(1, num_rows, -1, values.shape[-1])
-
-
-def _attend_by_math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """`attend`, for any number of sequences, with scores that no fused kernel computes; the softmax is in float32."""
-    num_sequences, num_heads, num_queries, _ = query.shape
-    # heads that share keys stand as queries of one head
-    grouped = query.reshape(num_sequences, key.shape[1], -1, query.shape[-1])  # [n, K, H / K * L, D]
-    logits = (grouped @ key.transpose(-1, -2)).view(num_sequences, num_heads, num_queries, -1) * scores.scale
-    if scores.softcap is not None:
-        logits = torch.tanh(logits / scores.softcap) * scores.softcap
-    logits = logits.float()  # [n, H, L, S]
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    if scores.sinks is None:
-        weights = logits.softmax(-1)
-    else:
-        sinks = scores.sinks.float().reshape(1, -1, 1, 1).expand(num_sequences, -1, num_queries, 1)  # [n, H, L, 1]
-        weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
-    weights = weights.to(value.dtype).reshape(*grouped.shape[:3], -1)  # [n, K, H / K * L, S]
-    return (weights @ value).view(num_sequences, num_heads, num_queries, -1)
+    return rows
 
 
 def _scores_of(

@@ -839,7 +839,8 @@ def test_at_the_end_workers_are_told(tmp_path: Path):
     asyncio.run(main())
 
 
-def test_after_a_failure_workers_are_told_why(tmp_path: Path):
+@pytest.mark.parametrize("in_groups", [0, 2])
+def test_after_a_failure_workers_are_told_why(in_groups: int, tmp_path: Path):
     async def main() -> None:
         context = zmq.asyncio.Context()
         server = Server(f"ipc://{tmp_path}/s", RUN, EPOCH, 1, DIGEST, 10.0, tmp_path)
@@ -848,9 +849,12 @@ def test_after_a_failure_workers_are_told_why(tmp_path: Path):
         async def fail() -> None:
             async with server:
                 workers.append(await welcomed(server, lambda: FakeWorker(context, server.address)))
-                raise RuntimeError("the disk is full")
+                error: Exception = RuntimeError("the disk is full")
+                for _ in range(in_groups):
+                    error = ExceptionGroup("unhandled errors in a TaskGroup", [error])
+                raise error
 
-        with pytest.raises(RuntimeError, match="the disk is full"):
+        with pytest.raises((RuntimeError, ExceptionGroup), match="the disk is full|TaskGroup"):
             await fail()
         async with asyncio.timeout(5):
             assert await workers[0].receive() == Shutdown(is_done=False, reason="the run ended: the disk is full")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from trainmaster.api.errors import ModelError
 from trainmaster.workers.models import attention
-from trainmaster.workers.models.attention import PackedBatch, PackedMask, PackedPass, Scores, attend
+from trainmaster.workers.models.attention import PackedBatch, PackedMask, PackedPass
+from trainmaster.workers.models.kernels import Scores, attend
 from trainmaster.workers.models.loading import init_stage
 from transformers import AttentionInterface
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from trainmaster.workers.models.attention import PackedPass, Scores, attend, attend_cached
+from trainmaster.workers.models.attention import PackedPass
 from trainmaster.workers.models.cache import KVCache
+from trainmaster.workers.models.kernels import Scores, attend, attend_cached
 from trainmaster.workers.models.loading import load_stage
 from trainmaster.workers.pipeline.slots import compacted
 

@@ -854,7 +854,7 @@ def test_after_a_failure_workers_are_told_why(in_groups: int, tmp_path: Path):
                     error = ExceptionGroup("unhandled errors in a TaskGroup", [error])
                 raise error
 
-        with pytest.raises((RuntimeError, ExceptionGroup), match="the disk is full|TaskGroup"):
+        with pytest.raises((RuntimeError, ExceptionGroup), match=r"the disk is full|TaskGroup"):
             await fail()
         async with asyncio.timeout(5):
             assert await workers[0].receive() == Shutdown(is_done=False, reason="the run ended: the disk is full")

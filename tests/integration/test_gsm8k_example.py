@@ -38,15 +38,13 @@ def run_example(bench: Workbench, name: str, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral", "phi3"])
-def test_sft_of_a_checkpoint_of_any_family(family: str, workbench: Workbench) -> None:
+def test_a_checkpoint_of_any_family(family: str, workbench: Workbench) -> None:
     rows, start = workbench.folder / "worked.jsonl", workbench.folder / family
     write_rows(rows, wording=0)
     runpy.run_path(str(EXAMPLES / "sft.py"))["train_tokenizer"](rows, ("question", "answer"), start)
-    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "n_positions": 1024, "eos_token_id": 0}
-    config = {
-        name: value for name, value in tiny_config(family).items() if name not in ("bos_token_id", "pad_token_id")
-    }
-    config |= {name: value for name, value in sizes.items() if name in config or name == "eos_token_id"}
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024, "n_positions": 1024}
+    config = tiny_config(family) | {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    config |= {name: value for name, value in sizes.items() if name in config}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(start)
 
     sft = ("--run.steps", "4", "--optimizer.learning_rate", "3e-3", "--optimizer.warmup_steps", "0")
@@ -58,6 +56,11 @@ def test_sft_of_a_checkpoint_of_any_family(family: str, workbench: Workbench) ->
     trained, report = AutoModelForCausalLM.from_pretrained(left, output_loading_info=True)
     assert trained.config.model_type == family
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    small = ("--batch_size", "4", "--group_size", "4", "--sampling.max_new_tokens", "16", "--run.steps", "2")
+    run_example(workbench, "grpo.py", "--actor", str(left), "--prompts.path", str(rows), *small)
+    assert len(workbench.series("train/kl", "gsm8k-grpo")) == 2
+    assert all(entropy > 0 for entropy in workbench.series("train/entropy", "gsm8k-grpo"))
 
 
 def test_grpo_goes_on_from_what_sft_left(workbench: Workbench) -> None:

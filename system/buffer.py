@@ -124,4 +124,4 @@ class SequenceBuffer:
     def _places(self, sequences: Iterable[str]) -> Places:
         if sequences is self.ids:
             return self._everywhere
-        return np.fromiter((self._place[sequence] for sequence in sequences), np.int64)
+        return np.fromiter(map(self._place.__getitem__, sequences), np.int64)

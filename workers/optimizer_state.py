@@ -2,7 +2,7 @@
 
     step-40/optimizer/00001-of-00002.safetensors, ...     a file a stage, by whoever wrote its weights
         model.norm.weight.exp_avg, .exp_avg_sq            AdamW's, shaped like the parameter
-                         .step                            []
+                         .step                            []; alone, and 0, if no gradient ever reached the parameter
                          .master                          float32, of a parameter of another type
 
 Names are those of parameters in the whole model, so each stage of any cut finds its own. What several stages hold is
@@ -31,7 +31,7 @@ from .models.stage import Stage
 from .optimizer import ShardOptimizer
 
 FOLDER = "optimizer"
-_MASTER, _VERSION = "master", "version"
+_MASTER, _STEP, _VERSION = "master", "step", "version"
 
 
 def write_state(stage: Stage, optimizer: ShardOptimizer, version: int, directory: Path) -> ShardFile:
@@ -41,7 +41,7 @@ def write_state(stage: Stage, optimizer: ShardOptimizer, version: int, directory
         if parameter not in optimizer.masters:  # it is not trained
             continue
         master = optimizer.masters[parameter]
-        kept = {**optimizer.adamw.state.get(master, {})}
+        kept = {_STEP: torch.zeros(()), **optimizer.adamw.state.get(master, {})}
         if master is not parameter:
             kept[_MASTER] = master
         tensors |= {f"{name}.{key}": tensor.detach().cpu().contiguous() for key, tensor in kept.items()}
@@ -93,7 +93,7 @@ def _give(optimizer: ShardOptimizer, name: str, parameter: nn.Parameter, kept: d
     for key, file in kept.items():
         with safe_open(file, "pt") as opened:
             tensors[key] = opened.get_tensor(f"{name}.{key}").clone()  # no view of the file
-        if key != "step" and tensors[key].shape != parameter.shape:
+        if key != _STEP and tensors[key].shape != parameter.shape:
             shapes = f"shape {list(tensors[key].shape)} where the parameter has {list(parameter.shape)}"
             raise ModelError(f"{file}: {name}.{key} has {shapes}")
     master = optimizer.masters[parameter]
@@ -101,8 +101,8 @@ def _give(optimizer: ShardOptimizer, name: str, parameter: nn.Parameter, kept: d
         with torch.no_grad():
             master.copy_(value)
             parameter.copy_(value)
-    if tensors:
+    if tensors[_STEP] > 0:
         is_fused = optimizer.adamw.defaults["fused"]
         optimizer.adamw.state[master] = {
-            key: tensor.to(master.device if key != "step" or is_fused else "cpu") for key, tensor in tensors.items()
+            key: tensor.to(master.device if key != _STEP or is_fused else "cpu") for key, tensor in tensors.items()
         }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from pipelines import GPT2, QWEN, Case, make_context, make_shard, microbatch
+from tiny_models import tiny_config
 from trainmaster.api.algorithms import LogProbabilities
 from trainmaster.api.config import Layout, LoRA, Precision
 from trainmaster.api.errors import ConfigError, ModelError
@@ -61,18 +63,32 @@ def test_parts_take_the_gradients_that_they_take_in_the_whole_model() -> None:
     for shard in (some, every):
         shard.train(SupervisedFineTuning(), case.share(0, 0))
     wanted = dict(every.stage.model.named_parameters())
+    num_trained = 0
     for name, parameter in some.stage.model.named_parameters():
         if parameter.grad is not None:
+            num_trained += 1
             torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-5, atol=1e-7, msg=name)
+    is_wanted = [re.search("|".join(SOME.trainable), name) is not None for name in wanted]
+    assert 0 < num_trained == sum(is_wanted) < len(wanted)
 
 
 @pytest.mark.parametrize(("config", "pattern"), [(QWEN, "lm_head"), (QWEN, r"layers\.7\."), (GPT2, "embed_tokens")])
 def test_a_pattern_that_finds_nothing_in_the_whole_model_is_named_on_every_stage(config, pattern: str) -> None:
     case = Case(layout=Layout(pp=2), config=config, trainable=(r"\.3\.", pattern))
-    message = r"model\.trainable\[1\] = .* none of the model's parameters has such a name.* a tied head has its embed"
+    message = r"model\.trainable\[1\] = .* no parameter that the model can train has such a name.* a tied head has its"
     for rank in range(2):
         with pytest.raises(ConfigError, match=message):
             make_shard(case, rank, None)
+
+
+def test_what_its_author_never_trains_is_not_trained_whatever_is_asked_for() -> None:
+    case = Case(layout=Layout(), config=tiny_config("afmoe"), trainable=(r"layers\.3\.",))
+    shard = make_shard(case, 0, None)
+    named = dict(shard.stage.model.named_parameters())
+    assert not named["model.layers.3.mlp.expert_bias"].requires_grad
+    assert named["model.layers.3.self_attn.q_proj.weight"].requires_grad
+    with pytest.raises(ConfigError, match=r"trainable\[0\] = 'expert_bias': no parameter that the model can train has"):
+        make_shard(replace(case, trainable=("expert_bias",)), 0, None)
 
 
 def test_a_stage_may_have_nothing_to_train() -> None:

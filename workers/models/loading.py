@@ -133,6 +133,8 @@ class _Pruning:
         self.attention = attention.ATTENTION if self.way.packing is Packing.ROW else None
         self.name = hf_compat.causal_lm_class(config).__name__
         self.cut: Cut | None = None
+        self.untrained: list[str] = []
+        """Parameters that the model's author never trains; from_pretrained forgets it."""
         attention.register()
         if head is Head.SCALAR:
             config.num_labels = 1
@@ -144,6 +146,7 @@ class _Pruning:
         if self._survey is not None:
             self._survey(model)
         self.cut = prune(model, self.index, self.num_stages, self.way.embeds_everywhere)
+        self.untrained = [name for name, each in model.named_parameters() if not each.requires_grad]
         if self._admit is not None:
             self._admit(model)
 
@@ -177,6 +180,8 @@ def _finish(model: PreTrainedModel, pruning: _Pruning, device: torch.device) -> 
         _check_tie(model)
     stage = Stage(model, cut, pruning.index, pruning.num_stages, pruning.way.packing, pruning.head).to(device)
     stage.train()
+    for name in pruning.untrained:
+        model.get_parameter(name).requires_grad_(False)
     probe.check(stage)
     return stage
 

@@ -161,7 +161,44 @@ def test_a_parameter_without_a_state_of_its_shape_is_named(tmp_path):
     ):
         load(first, Layout())
     save_file({name: each for name, each in tensors.items() if "model.norm" not in name}, file, {"version": "2"})
-    with pytest.raises(ModelError, match=r"has no state of model\.norm\.weight: it is that of another model"):
+    with pytest.raises(ModelError, match=r"has no state of model\.norm\.weight: it was not trained there, or the"):
+        load(first, Layout())
+    lacking = {name: each for name, each in tensors.items() if name != "model.norm.weight.exp_avg_sq"}
+    save_file(lacking, file, {"version": "2"})
+    with pytest.raises(ModelError, match=r"first/optimizer lacks model\.norm\.weight\.exp_avg_sq; copy the checkpoint"):
+        load(first, Layout())
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"version": "two"}])
+def test_a_file_of_another_tool_is_named(metadata, tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    (file,) = (first / FOLDER).iterdir()
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ModelError, match=r"00001-of-00001\.safetensors is no stage's state of an optimizer: 'version'"):
+        load(first, Layout())
+    save_file(load_file(file), first / FOLDER / "optimizer.safetensors", {"version": "2"})
+    file.unlink()
+    with pytest.raises(ModelError, match=r"optimizer\.safetensors is no stage's state of an optimizer"):
+        load(first, Layout())
+
+
+def test_a_file_of_a_stage_that_is_not_there_is_named(tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    second = save(load(first, Layout(pp=2)), tmp_path / "second")
+    (second / FOLDER / "00001-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"second/optimizer lacks 00001-of-00002\.safetensors; copy the checkpoint"):
+        load(second, Layout())
+
+
+def test_what_was_not_trained_then_is_named(tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    case = Case(layout=Layout(), trainable=("norm",), optimizer=DECAYING)
+    some = make_shard(case, 0, None)
+    train(some, case, range(1))
+    (file,) = (first / FOLDER).iterdir()
+    file.unlink()
+    write_state(some.stage, some.optimizer, some.version, first)
+    with pytest.raises(ModelError, match=r"no state of model\.embed_tokens\.weight: it was .* \(trainable, lora\), or"):
         load(first, Layout())
 
 

@@ -20,7 +20,7 @@ from trainmaster.api.sampling import Sampling
 from trainmaster.system.service.adapter import CONFIG, WEIGHTS, join
 from trainmaster.workers import recording
 from trainmaster.workers.adapter_files import write_adapter_config, write_adapters
-from trainmaster.workers.adapters import is_adapter
+from trainmaster.workers.adapters import Adapters, is_adapter
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.doctor import compare
@@ -331,6 +331,16 @@ def test_saved_and_loaded_into_another_layout_and_back_a_training_goes_on_bit_fo
     assert train(shard, case, range(2, 4)) == train(shards[0], case, range(2, 4))
     wanted = adapters_of(shard)
     assert all(value.equal(wanted[name]) for name, value in adapters_of(shards[0]).items())
+
+
+def test_adapters_that_are_read_are_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["all-linear"]
+    shard = disturbed(case)
+    there = replace(case, lora=replace(case.lora, path=save([shard], tmp_path)))
+    monkeypatch.setattr(Adapters, "_start", lambda *_: pytest.fail("it is drawn"))
+    (again,) = lone(there)
+    wanted = adapters_of(shard)
+    assert all(value.equal(wanted[name]) for name, value in adapters_of(again).items())
 
 
 def test_masters_are_saved_not_what_they_were_rounded_to(tmp_path: Path) -> None:

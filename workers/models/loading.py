@@ -9,7 +9,6 @@ model at any time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...api.errors import ModelError
 from ...api.hub import directory_of
 from ...api.model_support import Packing, Way, support_table
+from ..seeding import seed_of
 from . import attention, hf_compat, integrity, probe
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune, replace_head
@@ -229,8 +229,7 @@ def _draw(module: nn.Module, name: str, author: PreTrainedModel, seed: int) -> N
         if not isinstance(child, Absent):
             child_author = child if isinstance(child, PreTrainedModel) else author
             _draw(child, f"{name}.{child_name}" if name else child_name, child_author, seed)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+    torch.default_generator.manual_seed(seed_of(seed, name))
     hf_compat.initialise_module(author, module)
 
 

@@ -188,7 +188,7 @@ class Handlers:
         if shared is not None:
             message = "%s takes no memory: its weights are those of %s, without adapters"
             if shared.adapters is None:
-                message = "%s takes memory for copies of what %s trains: it has its other weights"
+                message = "%s takes memory for copies of what %s trains; all else is where that has it"
             logger.info(message, role, owner)
         shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps, shared)
         self._shards[role] = shard

@@ -83,11 +83,15 @@ def test_a_pattern_that_finds_nothing_in_the_whole_model_is_named_on_every_stage
 
 
 def test_what_its_author_never_trains_is_not_trained_whatever_is_asked_for() -> None:
-    case = Case(layout=Layout(), config=tiny_config("afmoe"), trainable=(r"layers\.3\.",))
-    shard = make_shard(case, 0, None)
+    case, room = Case(layout=Layout(), config=tiny_config("afmoe"), trainable=(r"layers\.3\.",)), Room("here", 2**30)
+    context = replace(make_context(case, 0), room=room)
+    shard = ModelShard(context.compiled.models["model"], context, ShardGroups())
     named = dict(shard.stage.model.named_parameters())
     assert not named["model.layers.3.mlp.expert_bias"].requires_grad
-    assert named["model.layers.3.self_attn.q_proj.weight"].requires_grad
+    trained = [each for name, each in named.items() if "layers.3." in name and not name.endswith("expert_bias")]
+    assert all(each.requires_grad for each in trained)
+    num_trained, num_all = (sum(each.numel() for each in some) for some in (trained, named.values()))
+    assert 2**30 - room._left == 4 * num_all + 12 * num_trained
     with pytest.raises(ConfigError, match=r"trainable\[0\] = 'expert_bias': no parameter that the model can train has"):
         make_shard(replace(case, trainable=("expert_bias",)), 0, None)
 

@@ -13,8 +13,8 @@ from .groups import Group
 def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: Group) -> None:
     """Sums gradients over the group, in one message a type.
 
-    A parameter without a gradient counts as zeros; if no member has one, it stays without: an optimizer passes it by
-    with any number of members, or with all.
+    A parameter without a gradient counts as zeros. If no member has one it stays without, and an optimizer passes it by
+    as it does in one process.
 
         message of a type    [gradients, flat and in order; for each of them how many members have one]
     """
@@ -30,7 +30,7 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: Group) -> No
         *parts, counts = flat.split([*(gradient.numel() for _, gradient in pairs), len(pairs)])
         for (parameter, gradient), part, count in zip(pairs, parts, counts, strict=True):
             gradient.copy_(part.view_as(gradient))
-            if parameter.grad is None and count:  # the device is waited for where there was none alone
+            if parameter.grad is None and count:  # to look at `count` is to wait for the device: only where it matters
                 parameter.grad = gradient
 
 

@@ -38,6 +38,8 @@ def describe(compiled: CompiledExperiment, foretell: Foretell | None = None) -> 
         if placed.optimizer is None:
             owner = compiled.owner_of(role)
             trained = "frozen" if owner is None else f"frozen, in the memory of {owner}"
+            if owner is not None and compiled.models[owner].model.trainable:
+                trained += " but for what that trains"
         lines.append(
             f"  {role}: {source}, {trained}, dp={layout.dp} pp={layout.pp} tp={layout.tp} sp={layout.sp}, "
             f"workers {placed.ranks.start}-{placed.ranks.stop - 1}"

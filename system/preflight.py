@@ -11,7 +11,7 @@ from ..api.algorithms import Generation
 from ..api.config import LoRA, Model
 from ..api.errors import ConfigError, ModelError
 from ..api.experiment_file import LoadedExperiment
-from ..api.experiments.base import CompiledExperiment, FedGraph
+from ..api.experiments.base import CompiledExperiment, FedGraph, PlacedModel
 from ..api.graph import Graph
 from ..api.hub import advice, directory_of
 from ..api.json_lines import check_json_lines
@@ -25,19 +25,17 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """How transformers' configs name the number of layers."""
 _CONTEXTS = ("max_position_embeddings", "n_positions")
 """How they name the longest sequence."""
-_ALSO = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
+_KNOWN = frozenset(
+    (
+        *("r", "lora_alpha", "use_rslora", "bias", "peft_type", "init_lora_weights"),  # compared, below
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # by names of tensors, later
+        *("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type"),
+        *("fan_in_fan_out", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # of first values
+    )
 )
-"""What peft's adapters may have that ours have not."""
+"""Fields of peft's adapters (0.21) that leave ours as they are, or are compared. Any other that is set changes what
+adapters compute, for all that we know."""
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 """First values of peft's adapters that leave the base as it is; all others that have a name change it."""
 
@@ -53,14 +51,8 @@ def check_files(compiled: CompiledExperiment) -> None:
         role: _check_model(placed.model, placed.field, role in generating) for role, placed in compiled.models.items()
     }
     for placed in compiled.models.values():
-        state = None if placed.optimizer is None else placed.optimizer.state
-        if state is not None and not any(state.glob("optimizer/*.safetensors")):
-            raise ConfigError(
-                "optimizer.state",
-                str(state),
-                "there is no state of an optimizer (optimizer/*.safetensors) in it",
-                "name a checkpoint of a run with run.save_optimizer, or leave it out",
-            )
+        if placed.optimizer is not None and placed.optimizer.state is not None:
+            _check_state(placed, placed.optimizer.state)
     for fed in compiled.graphs.values():
         check_json_lines(fed.dataset, f"{fed.dataset_field}.path", _has_answers(fed.graph))
         _check_room(fed, configs)
@@ -139,6 +131,26 @@ def _exists(path: Path) -> ConfigError:
     )
 
 
+def _check_state(placed: PlacedModel, state: Path) -> None:
+    """There is a state of an optimizer, and what is trained begins as it was then."""
+    if not any(state.glob("optimizer/*.safetensors")):
+        raise ConfigError(
+            "optimizer.state",
+            str(state),
+            "there is no state of an optimizer (optimizer/*.safetensors) in it",
+            "name a checkpoint of a run with run.save_optimizer, or leave it out",
+        )
+    lora = placed.model.lora
+    field, path = ("path", placed.model.path) if lora is None else ("lora.path", lora.path)
+    if path is None or directory_of(path).resolve() != state.resolve():
+        raise ConfigError(
+            "optimizer.state",
+            str(state),
+            f"it goes with the weights of its own checkpoint, and {placed.field}.{field} is {path}",
+            f"name the same checkpoint as {placed.field}.{field}, or leave optimizer.state out",
+        )
+
+
 def _check_model(model: Model, field: str, generates: bool) -> Mapping[str, Any]:
     """Returns its config."""
     config = model.config
@@ -204,7 +216,7 @@ def _check_adapter(lora: LoRA, path: Path, field: str) -> None:
             raise ConfigError(f"{field}.path", str(path), f"there is no {name} in it", cure)
     config = _read_json(path / CONFIG, f"{field}.path")
     start = config.get("init_lora_weights", True)
-    others = [name for name in _ALSO if config.get(name)]
+    others = [name for name in sorted(config.keys() - _KNOWN) if config[name]]
     others += [f"bias {config['bias']!r}"] if config.get("bias", "none") != "none" else []
     others += [f"init_lora_weights {start!r}"] if isinstance(start, str) and start not in _PLAIN_STARTS else []
     others += [f"peft_type {config['peft_type']!r}"] if config.get("peft_type", "LORA") != "LORA" else []
@@ -219,8 +231,13 @@ def _check_adapter(lora: LoRA, path: Path, field: str) -> None:
             raise ConfigError(f"{field}.{name}", value, f"{path / CONFIG} says {there}", f"set it to {there}")
 
 
-def _read_json(file: Path, field: str) -> Any:
+def _read_json(file: Path, field: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(field, str(file), f"cannot be read: {error.strerror}", "let this user read it") from None
     except ValueError as error:
         raise ConfigError(field, str(file), f"not JSON ({error})", "restore the file") from None
+    if not isinstance(found, dict):
+        raise ConfigError(field, str(file), "holds no JSON object ({...})", "restore the file")
+    return found

@@ -18,7 +18,6 @@ Shapes: r the rank, in and out the features of a module.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from ..api.config import ALL_LINEAR, LoRA
 from ..api.errors import ConfigError
 from .models import hf_compat
+from .seeding import seed_of
 
 A, B = "lora_A", "lora_B"
 _TAKEN_FOR_EXPERTS: Mapping[str | None, frozenset[str]] = {
@@ -107,8 +107,9 @@ class Adapters:
                 full_name = f"{name}.{part}.weight"
                 num_out, num_in = shapes[full_name]
                 linear = skip_init(nn.Linear, num_in, num_out, bias=False)
+                value = values[full_name] if full_name in values else self._start(full_name, shapes[full_name])
                 with torch.no_grad():
-                    linear.weight.copy_(values.get(full_name, self._start(full_name, shapes[full_name])))
+                    linear.weight.copy_(value)
                 module.add_module(part, linear.to(module.get_parameter("weight").device))
             # an attribute of the instance: the module keeps its class, its name and its parameters
             module.forward = partial(self._run, module, module.forward)
@@ -152,8 +153,7 @@ class Adapters:
     def _start(self, name: str, shape: tuple[int, int]) -> Tensor:
         values = torch.zeros(shape)
         if name.endswith(f".{A}.weight"):
-            digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+            generator = torch.Generator().manual_seed(seed_of(self._seed, name))
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
         return values
 

@@ -186,7 +186,10 @@ class Handlers:
         owner = self._context.compiled.owner_of(role)
         shared = None if owner is None else self._shards[owner]
         if shared is not None:
-            logger.info("%s takes no memory: its weights are those of %s, without adapters", role, owner)
+            message = "%s takes no memory: its weights are those of %s, without adapters"
+            if shared.adapters is None:
+                message = "%s takes memory for copies of what %s trains; all else is where that has it"
+            logger.info(message, role, owner)
         shard = ModelShard(placed, self._context, groups, command.num_optimizer_steps, shared)
         self._shards[role] = shard
         num_parameters = sum(parameter.numel() for parameter in shard.own_parameters())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .algorithms.statistics import Statistics
 from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
+from .memory import Need
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import ShardOptimizer, clip
@@ -44,7 +45,8 @@ class ModelShard:
 
     `stages` are in the order of the model; there are as many as the layout has chunks.
     Between calls they may be in the host's memory (`is_offloaded`); whatever uses them brings them back first.
-    `adapters`: its own, None without. `owner`: a shard here whose stages, without its adapters, are this shard's.
+    `adapters`: its own, None without. `owner`: a shard here whose stages, as they begin, are this shard's: without its
+    adapters, and with copies in place of the weights that it trains.
     """
 
     def __init__(
@@ -55,17 +57,22 @@ class ModelShard:
         num_optimizer_steps: int = 0,
         owner: ModelShard | None = None,
     ) -> None:
-        """`num_optimizer_steps`: of the whole run, over which its learning rate may fall."""
+        """`num_optimizer_steps`: of the whole run, over which its learning rate may fall. `owner` was not trained yet.
+
+        Raises ModelError and ConfigError for a model that cannot be had (see `load_stage`), or has no room here.
+        """
         self.placed, self.groups = placed, groups
         self.place = Place.of(placed, context.rank)
         self.device = context.device
         self._seed = context.compiled.run.seed
         self.owner, self.adapters = owner, None
         masters: dict[nn.Parameter, Tensor] = {}
+        self._first: dict[nn.Parameter, Tensor] = {}
+        """By parameter that the owner trains: what it was. The two change places while this shard computes."""
         if owner is None:
             self.stages, masters, self.adapters = _make_stages(placed, self.place, context)
         else:
-            self.stages = owner.stages
+            self.stages, self._first = owner.stages, _first_values(placed, owner, context)
         self.version = 0
         self.is_offloaded = False
         self._averages: dict[Tensor, Tensor] = {}
@@ -179,7 +186,7 @@ class ModelShard:
         for stage in self.stages:
             stage.eval()
         program = inference_program(self.place.layout.pp, len(microbatches), self.place.layout.chunks)
-        with self._without_owners_adapters():
+        with self._own_weights():
             self._runner.run(program, microbatches, score)
         return statistics.merged(self.groups.data), outputs
 
@@ -193,7 +200,7 @@ class ModelShard:
         """Responses to this replica's prompts, in their order; none but with the last stage."""
         self.restore()
         pipe, home, seed = self.groups.pipe, self.groups.gradients, self._seed
-        with self._without_owners_adapters():
+        with self._own_weights():
             responses = generate(self.stages, pipe, microbatches, sampling, stop_ids, seed, self.device, home, limits)
         return responses or []
 
@@ -212,8 +219,6 @@ class ModelShard:
 
         What another shard owns stays where that has it.
         """
-        if self.owner is not None:
-            return
         self._move(torch.device("cpu"))
         self.is_offloaded = True
 
@@ -226,8 +231,9 @@ class ModelShard:
             self.is_offloaded = False
 
     def _move(self, device: torch.device) -> None:
-        for stage in self.stages:
+        for stage in self.stages if self.owner is None else ():
             stage.to(device)
+        self._first = {parameter: value.to(device) for parameter, value in self._first.items()}
         if self.optimizer is not None:
             self.optimizer.move(device)
         self._averages = {weight: average.to(device) for weight, average in self._averages.items()}
@@ -253,9 +259,20 @@ class ModelShard:
             recompute=layout.recompute is Recompute.STAGE,
         )
 
-    def _without_owners_adapters(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _own_weights(self) -> Iterator[None]:
+        """Inside, the stages have this shard's weights, and not what their owner has learnt."""
         adapters = None if self.owner is None else self.owner.adapters
-        return nullcontext() if adapters is None else adapters.off()
+        with nullcontext() if adapters is None else adapters.off():
+            self._change_places()
+            try:
+                yield
+            finally:
+                self._change_places()
+
+    def _change_places(self) -> None:
+        for parameter, value in self._first.items():
+            parameter.data, self._first[parameter] = value, parameter.data
 
     @property
     def _on_nan_loss(self) -> NaNPolicy:
@@ -291,6 +308,16 @@ class ModelShard:
             return None
         clip(list(self.optimizer.masters), norm, self.placed.optimizer.max_gradient_norm)
         return norm, self.optimizer.step(self.version + 1)
+
+
+def _first_values(placed: PlacedModel, owner: ModelShard, context: WorkerContext) -> dict[nn.Parameter, Tensor]:
+    """Copies of those of the model's own weights that the owner trains. Raises ModelError if there is no room."""
+    named = [pair for stage in owner.stages for pair in stage.model.named_parameters()]
+    changing = [parameter for name, parameter in named if parameter.requires_grad and not is_adapter(name)]
+    if changing and context.room is not None:
+        num_copied = sum(parameter.numel() for parameter in changing)
+        context.room.take(placed.field, Need.of(type_of(placed.model.dtype), num_copied, 0))
+    return {parameter: parameter.detach().clone() for parameter in changing}
 
 
 def _make_stages(

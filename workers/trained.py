@@ -4,7 +4,8 @@
     need      a stage of it, on the meta device       how many parameters will there be, and how many trained?
     apply     a stage, loaded, float32                freezes what is not trained; attaches adapters
 
-Invariants: what is not trained has no gradient, no master and no moments, and its values never change.
+Invariants: what is not trained has no gradient, no master and no moments, and its values never change. That is so
+of parameters that a model's author never trains (`requires_grad=False`: biases of routers), whatever is asked for.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class Trained:
     def survey(self, model: PreTrainedModel) -> None:
         """Raises ConfigError for what finds nothing in the whole model; ModelError for the adapters of another."""
         tied = hf_compat.tied_names(model)
-        names = [name for name, _ in model.named_parameters() if name not in tied]
+        names = [name for name, each in model.named_parameters() if name not in tied and each.requires_grad]
         for index, pattern in enumerate(self._patterns):
             if not any(pattern.search(name) for name in names):
                 raise ConfigError(
                     f"{self._placed.field}.trainable[{index}]",
                     pattern.pattern,
-                    "none of the model's parameters has such a name",
+                    "no parameter that the model can train has such a name",
                     "correct it (names are those of transformers, such as model.layers.0.self_attn.q_proj.weight; a "
                     "tied head has its embedding's), or take it out",
                 )
@@ -57,7 +58,7 @@ class Trained:
         named = [pair for pair in model.named_parameters() if pair[0] not in tied]
         num_base = sum(parameter.numel() for _, parameter in named)
         if self.adapters is None:
-            num_trained = sum(parameter.numel() for name, parameter in named if self._is_trained(name))
+            num_trained = sum(parameter.numel() for name, parameter in named if self._is_trained(name, parameter))
             return Need.of(dtype, num_base, num_trained)
         num_added = sum(rows * columns for rows, columns in self.adapters.shapes(model).values())
         return Need.of(dtype, num_base + num_added, 0 if self._placed.optimizer is None else num_added)
@@ -66,15 +67,15 @@ class Trained:
         """`stage` is float32."""
         if self._placed.optimizer is not None:
             for name, parameter in stage.model.named_parameters():
-                parameter.requires_grad_(self.adapters is None and self._is_trained(name))
+                parameter.requires_grad_(self.adapters is None and self._is_trained(name, parameter))
         if self.adapters is not None:
             path, names = self.adapters.lora.path, self.adapters.shapes(stage.model)
             values = {} if path is None else read_adapters(path, tuple(names), stage.index, stage.num_stages)
             self.adapters.attach(stage.model, values)
 
-    def _is_trained(self, name: str) -> bool:
-        """Of a model's own parameter."""
-        if self._placed.optimizer is None:
+    def _is_trained(self, name: str, parameter: nn.Parameter) -> bool:
+        """Of a model's own, as its author made it."""
+        if self._placed.optimizer is None or not parameter.requires_grad:
             return False
         return not self._patterns or any(pattern.search(name) for pattern in self._patterns)
 

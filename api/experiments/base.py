@@ -61,9 +61,10 @@ class CompiledExperiment:
         return {fed.graph.name: fed for fed in (self.training, *self.evaluations)}
 
     def owner_of(self, role: str) -> str | None:
-        """The model whose frozen weights, without its adapters, are this model's on each of its workers; None without.
+        """The model whose weights, as they begin, are this model's on each of its workers; None without.
 
-        That is one that LoRA trains from the same base, in the same pieces on the same workers; it is listed before.
+        That is one that is trained in part or by LoRA, from the same base, in the same pieces on the same workers; it
+        is listed before. This model then has copies of what the other trains, and the rest in the other's memory.
         """
         mine = self.models[role]
         calls = [call for fed in self.graphs.values() for call in fed.graph.model_calls]
@@ -74,7 +75,8 @@ class CompiledExperiment:
         for other, placed in self.models.items():
             if other == role:
                 return None
-            if placed.optimizer is not None and placed.model.lora is not None and _is_base(mine, placed):
+            has_frozen = placed.model.lora is not None or placed.model.trainable
+            if placed.optimizer is not None and has_frozen and _is_base(mine, placed):
                 return other
         return None
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 from trainmaster.api.config import Dataset, Layout, LoRA, Model
@@ -42,6 +43,9 @@ def test_what_is_trained_of_a_model_and_whose_memory_it_shares():
     lines = describe(experiment.compile()).splitlines()
     assert "actor: m, trained by LoRA (r=4), schedule 1f1b" in lines[1]
     assert "reference: m, frozen, in the memory of actor, dp=1" in lines[2]
+    partly = replace(experiment, actor=Model(path="m", trainable=("norm",)))
+    told = describe(partly.compile()).splitlines()[2]
+    assert "reference: m, frozen, in the memory of actor but for what that trains, dp=1" in told
 
 
 def test_schedules_are_named_and_what_is_foretold_of_them():

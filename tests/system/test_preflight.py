@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from trainmaster.api.config import Dataset, Layout, LoRA, Model, RunOptions
+from trainmaster.api.config import Dataset, Layout, LoRA, Model, Optimizer, RunOptions
 from trainmaster.api.errors import ConfigError, DataError
 from trainmaster.api.experiments.answers import AnswerEvaluation
 from trainmaster.api.experiments.sft import SFT
@@ -193,6 +193,61 @@ def test_adapters_that_compute_something_else_are_refused(tmp_path: Path, config
 def test_adapters_that_compute_the_same_pass(tmp_path: Path):
     path = adapter_folder(tmp_path, use_rslora=False, bias="none", init_lora_weights="gaussian", rank_pattern={})
     check(tmp_path, model=Model(path=model_folder(tmp_path), lora=LoRA(path=path)))
+
+
+@pytest.mark.parametrize("name", ["use_bdlora", "kasa_config", "trainable_token_indices", "made_up_tomorrow"])
+def test_what_peft_has_and_we_do_not_know_is_refused_by_name(tmp_path: Path, name: str):
+    path = adapter_folder(tmp_path, **{name: {"a": 1}})
+    with pytest.raises(
+        ConfigError, match=rf"lora\.path = .*its adapters have {name}, and this version has none of that"
+    ):
+        check(tmp_path, model=Model(path=model_folder(tmp_path), lora=LoRA(path=path)))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3"])
+def test_json_that_is_no_object_is_refused(tmp_path: Path, text: str):
+    path, adapter = model_folder(tmp_path), adapter_folder(tmp_path)
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.lora\.path = '.*adapter_config\.json': holds no JSON object"):
+        check(tmp_path, model=Model(path=path, lora=LoRA(path=adapter)))
+    (path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.path = '.*config\.json': holds no JSON object .*\. Restore the"):
+        check(tmp_path, model=Model(path=path))
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = model_folder(tmp_path)
+
+    def refuse(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # root may read whatever its mode is
+    with pytest.raises(ConfigError, match=r"model\.path = '.*config\.json': cannot be read: Permission denied\. Let"):
+        check_files(SFT(dataset=Dataset(path=tmp_path / "rows.jsonl"), model=Model(path=path)).compile())
+
+
+def test_the_state_of_an_optimizer_goes_with_the_weights_of_its_checkpoint(tmp_path: Path):
+    path, adapter = model_folder(tmp_path), adapter_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.state = '.*model': there is no state of an optimizer"):
+        check(tmp_path, model=Model(path=path), optimizer=Optimizer(state=path))
+    for each in (path, adapter):
+        (each / "optimizer").mkdir()
+        (each / "optimizer" / "00001-of-00001.safetensors").write_bytes(b"")
+    check(tmp_path, model=Model(path=path), optimizer=Optimizer(state=path / "." / "optimizer" / ".."))
+    check(tmp_path, model=Model(path=path, lora=LoRA(path=adapter)), optimizer=Optimizer(state=adapter))
+    config = {"model_type": "qwen2", "num_hidden_layers": 2}
+    for model, state, says in (
+        (
+            Model(path=path, lora=LoRA()),
+            adapter,
+            r"model\.lora\.path is None\. Name the same checkpoint as",
+        ),
+        (Model(path=path, lora=LoRA(path=adapter)), path, r"model\.lora\.path is /.*adapter\."),
+        (Model(path=path), adapter, r"model\.path is /.*model\. Name the same checkpoint as model\.path"),
+        (Model(config=config, tokenizer=tmp_path), path, r"model\.path is None"),
+    ):
+        with pytest.raises(ConfigError, match=rf"optimizer\.state = .* its own checkpoint, and {says}"):
+            check(tmp_path, model=model, optimizer=Optimizer(state=state))
 
 
 def test_a_folder_without_adapters_is_refused_and_one_of_adapters_is_no_model(tmp_path: Path):

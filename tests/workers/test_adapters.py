@@ -13,14 +13,16 @@ from pipelines import GPT2, OPTIMIZER, QWEN, Case, make_context, make_shard, mic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trainmaster.api.config import Layout, LoRA, Optimizer, Precision, Recompute, Schedule
+from trainmaster.api.config import Dataset, Layout, LoRA, Model, Optimizer, Precision, Recompute, Schedule
 from trainmaster.api.errors import ConfigError, ModelError
 from trainmaster.api.experiments.base import PlacedModel
+from trainmaster.api.experiments.sft import SFT
 from trainmaster.api.sampling import Sampling
+from trainmaster.system.preflight import check_files
 from trainmaster.system.service.adapter import CONFIG, WEIGHTS, join
-from trainmaster.workers import recording
+from trainmaster.workers import adapters, recording
 from trainmaster.workers.adapter_files import write_adapter_config, write_adapters
-from trainmaster.workers.adapters import is_adapter
+from trainmaster.workers.adapters import Adapters, is_adapter
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.doctor import compare
@@ -333,6 +335,16 @@ def test_saved_and_loaded_into_another_layout_and_back_a_training_goes_on_bit_fo
     assert all(value.equal(wanted[name]) for name, value in adapters_of(shards[0]).items())
 
 
+def test_adapters_that_are_read_are_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["all-linear"]
+    shard = disturbed(case)
+    there = replace(case, lora=replace(case.lora, path=save([shard], tmp_path)))
+    monkeypatch.setattr(Adapters, "_start", lambda *_: pytest.fail("it is drawn"))
+    (again,) = lone(there)
+    wanted = adapters_of(shard)
+    assert all(value.equal(wanted[name]) for name, value in adapters_of(again).items())
+
+
 def test_masters_are_saved_not_what_they_were_rounded_to(tmp_path: Path) -> None:
     case = replace(CASES["all-linear"], dtype=Precision.BFLOAT16)
     (shard,) = lone(case)
@@ -367,3 +379,86 @@ def test_a_model_that_is_not_trained_may_bring_adapters(tmp_path: Path) -> None:
     model = replace(context.compiled.models["model"].model, lora=replace(case.lora, path=save([shard], tmp_path)))
     other = ModelShard(PlacedModel(model=model, field="model"), context, ShardGroups())
     assert logits_of(other).equal(logits_of(shard))
+
+
+# -- beside peft itself -----------------------------------------------------------------------------------------------
+
+PEFT = {
+    "llama": LoRA(r=4, lora_alpha=12),
+    "rslora": LoRA(r=4, lora_alpha=12, target_modules=("q_proj", "mlp.down_proj"), use_rslora=True),
+    "gpt2": LoRA(r=2, target_modules=("c_attn", "mlp.c_proj")),
+    "deepseek_v3": LoRA(r=2),
+}
+
+THEIR_WARNINGS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+"""peft asks transformers for it."""
+
+
+def at_peft(name: str) -> Case:
+    model_type = "llama" if name == "rslora" else name
+    config = {"model_type": model_type, "initializer_range": 0.2, **CONFIGS[model_type]}
+    return Case(layout=Layout(), config=config, lora=PEFT[name])
+
+
+def logits_of_peft(model: nn.Module) -> Tensor:
+    given = microbatch(0)
+    with torch.no_grad():
+        parts = [model(input_ids=tokens[None]).logits for tokens in given.tokens[0].split(given.packed.seqlens)]
+    return torch.cat(parts, 1)
+
+
+def base_of(case: Case) -> nn.Module:
+    return plain_model(case, make_shard(replace(case, lora=None), 0, None).stage.model.state_dict())
+
+
+@THEIR_WARNINGS
+@pytest.mark.parametrize("name", list(PEFT))
+def test_peft_reads_ours_and_computes_the_same(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    case = at_peft(name)
+    shard = disturbed(case)
+    base = base_of(case)
+    without = logits_of_peft(base)
+    model = peft.PeftModel.from_pretrained(base, save([shard], tmp_path)).eval()
+    num_adapters = sum(".lora_" in each for each, _ in model.named_parameters())
+    assert num_adapters == len(adapters_of(shard)), "and no more of them"
+    found = logits_of_peft(model)
+    torch.testing.assert_close(logits_of(shard), found, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, without, atol=0.05)
+
+
+@THEIR_WARNINGS
+@pytest.mark.parametrize("name", list(PEFT))
+def test_we_read_what_peft_saved_and_compute_the_same(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    case = at_peft(name)
+    targets = case.lora.target_modules
+    if targets == "all-linear":  # of peft that might be others
+        targets = tuple(make_shard(case, 0, None).adapters.target_modules)
+    settings = peft.LoraConfig(
+        r=case.lora.r,
+        lora_alpha=case.lora.lora_alpha,
+        use_rslora=case.lora.use_rslora,
+        target_modules=list(targets),
+        fan_in_fan_out=name == "gpt2",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base_of(case), settings).eval()
+    model.save_pretrained(tmp_path)
+    read = replace(case.lora, path=tmp_path, target_modules=targets)
+    found = logits_of(make_shard(replace(case, lora=read), 0, None))
+    torch.testing.assert_close(found, logits_of_peft(model), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, logits_of(make_shard(case, 0, None)), atol=0.05)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n')
+    placed = Model(config=case.config, tokenizer=tmp_path, lora=read)
+    check_files(SFT(model=placed, dataset=Dataset(path=file)).compile())
+
+
+def test_what_peft_takes_for_experts_is_what_we_think() -> None:
+    pytest.importorskip("peft")
+    from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING as THEIRS
+
+    assert {name: frozenset(ends) for name, ends in THEIRS.items()} == adapters._TAKEN_FOR_EXPERTS

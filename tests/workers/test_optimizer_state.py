@@ -8,13 +8,15 @@ import pytest
 import torch
 from pipelines import GPT2, OPTIMIZER, QWEN, Case, make_context, make_shard
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config
 from trainmaster.api.config import Layout, Model, Optimizer, Precision, RateSchedule
 from trainmaster.api.errors import ModelError
 from trainmaster.api.experiments.base import PlacedModel
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.models.checkpoint import write_config, write_stage
-from trainmaster.workers.optimizer_state import FOLDER, write_state
+from trainmaster.workers.optimizer import ShardOptimizer
+from trainmaster.workers.optimizer_state import FOLDER, read_state, write_state
 from trainmaster.workers.shard import ModelShard
 
 DECAYING = replace(OPTIMIZER, schedule=RateSchedule.COSINE, warmup_steps=1, decay_steps=6)
@@ -73,6 +75,39 @@ def test_saved_and_loaded_into_another_layout_and_back_it_goes_on_bit_for_bit(co
         assert one.equal(other), name
 
 
+@pytest.mark.parametrize("model_type", ["ernie4_5_moe", "afmoe"])
+def test_a_model_with_parameters_that_its_author_never_trains_goes_on_bit_for_bit(model_type, tmp_path):
+    case = Case(layout=Layout(), config=tiny_config(model_type), optimizer=replace(DECAYING, weight_decay=0.1))
+    shard = make_shard(case, 0, None)
+    biases = {name: each for name, each in shard.stage.model.named_parameters() if name.endswith("bias")}
+    assert biases
+    with torch.no_grad():
+        for each in biases.values():
+            each.normal_()
+    before = {name: each.clone() for name, each in biases.items()}
+    train(shard, case, range(2))
+    (again,) = load(save([shard], tmp_path), Layout(), case.optimizer)
+    assert train(shard, case, range(2, 4)) == train(again, case, range(2, 4))
+    for each in (shard, again):
+        found = dict(each.stage.model.named_parameters())
+        assert all(found[name].equal(value) and not found[name].requires_grad for name, value in before.items())
+
+
+def test_a_parameter_that_no_gradient_reached_goes_on_without_moments(tmp_path):
+    case = Case(layout=Layout(), config=QWEN, optimizer=DECAYING)
+    shards = [make_shard(case, 0, None) for _ in range(2)]
+    for shard in shards:
+        shard.stage.model.register_parameter("unused", torch.nn.Parameter(torch.ones(2, 2)))
+        shard.optimizer = ShardOptimizer(list(shard.stage.model.named_parameters()), DECAYING, 6, {})
+    first, again = shards
+    train(first, case, range(2))
+    write_state(first.stage, first.optimizer, first.version, tmp_path)
+    assert read_state(again.stages, again.optimizer, tmp_path) == 2
+    unused = dict(again.stage.model.named_parameters())["unused"]
+    assert unused not in again.optimizer.adamw.state
+    assert len(again.optimizer.adamw.state) == len(first.optimizer.adamw.state) > 0
+
+
 def test_without_its_state_it_goes_on_otherwise(tmp_path):
     shard, case, first = trained(QWEN, tmp_path)
     shutil.rmtree(first / FOLDER)
@@ -126,7 +161,44 @@ def test_a_parameter_without_a_state_of_its_shape_is_named(tmp_path):
     ):
         load(first, Layout())
     save_file({name: each for name, each in tensors.items() if "model.norm" not in name}, file, {"version": "2"})
-    with pytest.raises(ModelError, match=r"has no state of model\.norm\.weight: it is that of another model"):
+    with pytest.raises(ModelError, match=r"has no state of model\.norm\.weight: it was not trained there, or the"):
+        load(first, Layout())
+    lacking = {name: each for name, each in tensors.items() if name != "model.norm.weight.exp_avg_sq"}
+    save_file(lacking, file, {"version": "2"})
+    with pytest.raises(ModelError, match=r"first/optimizer lacks model\.norm\.weight\.exp_avg_sq; copy the checkpoint"):
+        load(first, Layout())
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"version": "two"}])
+def test_a_file_of_another_tool_is_named(metadata, tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    (file,) = (first / FOLDER).iterdir()
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(ModelError, match=r"00001-of-00001\.safetensors is no stage's state of an optimizer: 'version'"):
+        load(first, Layout())
+    save_file(load_file(file), first / FOLDER / "optimizer.safetensors", {"version": "2"})
+    file.unlink()
+    with pytest.raises(ModelError, match=r"optimizer\.safetensors is no stage's state of an optimizer"):
+        load(first, Layout())
+
+
+def test_a_file_of_a_stage_that_is_not_there_is_named(tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    second = save(load(first, Layout(pp=2)), tmp_path / "second")
+    (second / FOLDER / "00001-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"second/optimizer lacks 00001-of-00002\.safetensors; copy the checkpoint"):
+        load(second, Layout())
+
+
+def test_what_was_not_trained_then_is_named(tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    case = Case(layout=Layout(), trainable=("norm",), optimizer=DECAYING)
+    some = make_shard(case, 0, None)
+    train(some, case, range(1))
+    (file,) = (first / FOLDER).iterdir()
+    file.unlink()
+    write_state(some.stage, some.optimizer, some.version, first)
+    with pytest.raises(ModelError, match=r"no state of model\.embed_tokens\.weight: it was .* \(trainable, lora\), or"):
         load(first, Layout())
 
 

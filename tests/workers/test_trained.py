@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from pipelines import GPT2, QWEN, Case, make_context, make_shard, microbatch
+from tiny_models import tiny_config
 from trainmaster.api.algorithms import LogProbabilities
 from trainmaster.api.config import Layout, LoRA, Precision
 from trainmaster.api.errors import ConfigError, ModelError
@@ -23,6 +25,7 @@ from trainmaster.workers.shard import ModelShard
 
 SOME = Case(layout=Layout(), trainable=(r"layers\.[13]\..*_proj", "norm"), num_steps=2)
 ADAPTERS = Case(layout=Layout(), lora=LoRA(r=2, lora_alpha=16), num_steps=2)
+CASES = pytest.mark.parametrize("case", [SOME, ADAPTERS], ids=["parts", "adapters"])
 SCORES = inference_algorithm(LogProbabilities(temperature=1.0))
 
 
@@ -32,7 +35,7 @@ def train(shard: ModelShard, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(Precision))
-@pytest.mark.parametrize("case", [SOME, ADAPTERS], ids=["parts", "adapters"])
+@CASES
 def test_what_is_not_trained_stays_and_takes_nothing(case: Case, dtype: Precision) -> None:
     shard = make_shard(replace(case, dtype=dtype), 0, None)
     before = {name: each.detach().clone() for name, each in shard.stage.model.named_parameters()}
@@ -61,18 +64,36 @@ def test_parts_take_the_gradients_that_they_take_in_the_whole_model() -> None:
     for shard in (some, every):
         shard.train(SupervisedFineTuning(), case.share(0, 0))
     wanted = dict(every.stage.model.named_parameters())
+    num_trained = 0
     for name, parameter in some.stage.model.named_parameters():
         if parameter.grad is not None:
+            num_trained += 1
             torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-5, atol=1e-7, msg=name)
+    is_wanted = [re.search("|".join(SOME.trainable), name) is not None for name in wanted]
+    assert 0 < num_trained == sum(is_wanted) < len(wanted)
 
 
 @pytest.mark.parametrize(("config", "pattern"), [(QWEN, "lm_head"), (QWEN, r"layers\.7\."), (GPT2, "embed_tokens")])
 def test_a_pattern_that_finds_nothing_in_the_whole_model_is_named_on_every_stage(config, pattern: str) -> None:
     case = Case(layout=Layout(pp=2), config=config, trainable=(r"\.3\.", pattern))
-    message = r"model\.trainable\[1\] = .* none of the model's parameters has such a name.* a tied head has its embed"
+    message = r"model\.trainable\[1\] = .* no parameter that the model can train has such a name.* a tied head has its"
     for rank in range(2):
         with pytest.raises(ConfigError, match=message):
             make_shard(case, rank, None)
+
+
+def test_what_its_author_never_trains_is_not_trained_whatever_is_asked_for() -> None:
+    case, room = Case(layout=Layout(), config=tiny_config("afmoe"), trainable=(r"layers\.3\.",)), Room("here", 2**30)
+    context = replace(make_context(case, 0), room=room)
+    shard = ModelShard(context.compiled.models["model"], context, ShardGroups())
+    named = dict(shard.stage.model.named_parameters())
+    assert not named["model.layers.3.mlp.expert_bias"].requires_grad
+    trained = [each for name, each in named.items() if "layers.3." in name and not name.endswith("expert_bias")]
+    assert all(each.requires_grad for each in trained)
+    num_trained, num_all = (sum(each.numel() for each in some) for some in (trained, named.values()))
+    assert 2**30 - room._left == 4 * num_all + 12 * num_trained
+    with pytest.raises(ConfigError, match=r"trainable\[0\] = 'expert_bias': no parameter that the model can train has"):
+        make_shard(replace(case, trainable=("expert_bias",)), 0, None)
 
 
 def test_a_stage_may_have_nothing_to_train() -> None:
@@ -82,7 +103,7 @@ def test_a_stage_may_have_nothing_to_train() -> None:
     assert first.optimizer.step(1) == last.optimizer.step(1) > 0
 
 
-@pytest.mark.parametrize("case", [SOME, ADAPTERS], ids=["parts", "adapters"])
+@CASES
 def test_a_stages_state_is_that_of_what_it_trains(case: Case, tmp_path) -> None:
     shard, again = make_shard(case, 0, None), make_shard(case, 0, None)
     train(shard, case)
@@ -93,11 +114,11 @@ def test_a_stages_state_is_that_of_what_it_trains(case: Case, tmp_path) -> None:
     ]
     assert all(one.equal(other) for one, other in zip(*moments, strict=True))
     other = make_shard(replace(case, trainable=(), lora=None), 0, None)
-    with pytest.raises(ModelError, match=r"has no state of .*: it is that of another model"):
+    with pytest.raises(ModelError, match=r"has no state of .*: it was not trained there, or the model is another"):
         read_state(other.stages, other.optimizer, tmp_path)
 
 
-@pytest.mark.parametrize("case", [SOME, ADAPTERS], ids=["parts", "adapters"])
+@CASES
 @pytest.mark.parametrize("dtype", list(Precision))
 def test_the_estimate_of_memory_is_what_there_is_after_a_step(case: Case, dtype: Precision) -> None:
     room = Room("in a test", 2**30)
@@ -115,12 +136,11 @@ def test_the_estimate_of_memory_is_what_there_is_after_a_step(case: Case, dtype:
 # -- one base under two models ----------------------------------------------------------------------------------------
 
 
-def pair(dtype: Precision = Precision.FLOAT32) -> tuple[ModelShard, ModelShard, ModelShard]:
+def pair(case: Case) -> tuple[ModelShard, ModelShard, ModelShard]:
     """A trained actor, a reference on its weights, and one with weights of its own."""
-    case = replace(ADAPTERS, dtype=dtype)
     context = make_context(case, 0)
     placed = context.compiled.models["model"]
-    base = PlacedModel(model=replace(placed.model, lora=None), field="reference")
+    base = PlacedModel(model=replace(placed.model, lora=None, trainable=()), field="reference")
     actor = ModelShard(placed, context, ShardGroups())
     return actor, ModelShard(base, context, ShardGroups(), owner=actor), ModelShard(base, context, ShardGroups())
 
@@ -130,46 +150,70 @@ def scores(shard: ModelShard) -> torch.Tensor:
     return torch.cat([each["log_probabilities"] for each in outputs])
 
 
+@CASES
 @pytest.mark.parametrize("dtype", list(Precision))
-def test_a_reference_on_the_actors_weights_scores_as_one_with_its_own(dtype: Precision) -> None:
-    actor, reference, apart = pair(dtype)
+def test_a_reference_on_the_actors_weights_scores_as_one_with_its_own(case: Case, dtype: Precision) -> None:
+    case = replace(case, dtype=dtype)
+    actor, reference, apart = pair(case)
     wanted = scores(apart)
     assert scores(reference).equal(wanted)
-    train(actor, ADAPTERS)
+    train(actor, case)
+    learnt = scores(actor)
     assert scores(reference).equal(wanted), "whatever the actor learns"
-    assert not torch.allclose(scores(actor), wanted, atol=1e-2)
-    own = {each.data_ptr() for each in actor.stage.parameters()}
-    assert {each.data_ptr() for each in reference.own_parameters()} < own, "there is no second copy"
-    assert not {each.data_ptr() for each in apart.own_parameters()} & own
+    assert scores(actor).equal(learnt), "whatever the reference reads"
+    assert not torch.allclose(learnt, wanted, atol=1e-2)
     assert sum(each.numel() for each in reference.own_parameters()) == sum(
         each.numel() for each in apart.own_parameters()
     )
     assert (reference.version, actor.version) == (0, 2)
 
 
-def test_a_reference_on_the_actors_weights_answers_as_the_base_and_the_actor_goes_on() -> None:
-    actor, reference, apart = pair()
-    other, _, _ = pair()
+@CASES
+def test_only_what_the_actor_trains_of_its_base_is_in_memory_twice(case: Case) -> None:
+    room = Room("in a test", 2**30)
+    context = replace(make_context(case, 0), room=room)
+    actor, reference, apart = pair(case)
+    own = {each.data_ptr() for each in actor.stage.parameters()}
+    assert {each.data_ptr() for each in reference.own_parameters()} <= own, "there is no second copy"
+    assert not {each.data_ptr() for each in apart.own_parameters()} & own
+    before = room._left
+    ModelShard(reference.placed, context, ShardGroups(), owner=actor)
+    num_copied = sum(each.numel() for each in actor.optimizer.masters) if case is SOME else 0
+    assert before - room._left == 4 * num_copied
+    assert num_copied < sum(each.numel() for each in actor.stage.parameters())
+    with pytest.raises(ModelError, match=r"reference: [\d,]+ parameters take .* Raise reference\.layout\.pp"):
+        ModelShard(reference.placed, replace(context, room=Room("here", -1)), ShardGroups(), owner=pair(SOME)[0])
+
+
+@CASES
+def test_a_reference_on_the_actors_weights_answers_as_the_base_and_the_actor_goes_on(case: Case) -> None:
+    actor, reference, apart = pair(case)
+    other, _, _ = pair(case)
     prompts, sampling = [[Prompt("d/0/0/0", torch.tensor([3, 4, 5]))]], Sampling(max_new_tokens=6)
     for step in range(3):
         found, wanted = (each.generate(prompts, sampling, (1,)) for each in (reference, apart))
         assert found[0].tokens.equal(wanted[0].tokens)
-        done = [each.train(SupervisedFineTuning(), ADAPTERS.share(0, step))["loss"] for each in (actor, other)]
+        assert found[0].logprobs.equal(wanted[0].logprobs)
+        done = [each.train(SupervisedFineTuning(), case.share(0, step))["loss"] for each in (actor, other)]
         assert done[0] == done[1], "as if nobody else used its weights"
 
 
-def test_offloading_is_for_the_owner_and_either_brings_the_weights_back() -> None:
-    actor, reference, _ = pair()
+@CASES
+def test_offloading_is_each_ones_own_and_the_reference_brings_all_back(case: Case) -> None:
+    actor, reference, apart = pair(case)
+    train(actor, case)
     reference.offload()
     assert not actor.is_offloaded
     actor.offload()
-    scores(reference)
+    assert scores(reference).equal(scores(apart))
     assert not actor.is_offloaded
+    assert not reference.is_offloaded
 
 
-def test_an_error_leaves_the_adapters_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    actor, reference, _ = pair()
-    train(actor, ADAPTERS)
+@CASES
+def test_an_error_leaves_the_actor_what_it_learnt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, reference, _ = pair(case)
+    train(actor, case)
     wanted = scores(actor)
     with monkeypatch.context() as patch:
         patch.setattr(type(SCORES), "infer", lambda *_: 1 / 0)

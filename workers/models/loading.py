@@ -9,7 +9,6 @@ model at any time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...api.errors import ModelError
 from ...api.hub import directory_of
 from ...api.model_support import Packing, Way, support_table
+from ..seeding import seed_of
 from . import attention, hf_compat, integrity, probe
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune, replace_head
@@ -133,6 +133,8 @@ class _Pruning:
         self.attention = attention.ATTENTION if self.way.packing is Packing.ROW else None
         self.name = hf_compat.causal_lm_class(config).__name__
         self.cut: Cut | None = None
+        self.untrained: list[str] = []
+        """Parameters that the model's author never trains; from_pretrained forgets it."""
         attention.register()
         if head is Head.SCALAR:
             config.num_labels = 1
@@ -144,6 +146,7 @@ class _Pruning:
         if self._survey is not None:
             self._survey(model)
         self.cut = prune(model, self.index, self.num_stages, self.way.embeds_everywhere)
+        self.untrained = [name for name, each in model.named_parameters() if not each.requires_grad]
         if self._admit is not None:
             self._admit(model)
 
@@ -177,6 +180,8 @@ def _finish(model: PreTrainedModel, pruning: _Pruning, device: torch.device) -> 
         _check_tie(model)
     stage = Stage(model, cut, pruning.index, pruning.num_stages, pruning.way.packing, pruning.head).to(device)
     stage.train()
+    for name in pruning.untrained:
+        model.get_parameter(name).requires_grad_(False)
     probe.check(stage)
     return stage
 
@@ -224,8 +229,7 @@ def _draw(module: nn.Module, name: str, author: PreTrainedModel, seed: int) -> N
         if not isinstance(child, Absent):
             child_author = child if isinstance(child, PreTrainedModel) else author
             _draw(child, f"{name}.{child_name}" if name else child_name, child_author, seed)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+    torch.default_generator.manual_seed(seed_of(seed, name))
     hf_compat.initialise_module(author, module)
 
 

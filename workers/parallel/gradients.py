@@ -11,17 +11,27 @@ from .groups import Group
 
 
 def all_reduce_gradients(parameters: Sequence[nn.Parameter], group: Group) -> None:
-    """Sums gradients over the group, in one message a type. A parameter without a gradient counts as zeros."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # float32 for half precision
-    all_gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for dtype in dict.fromkeys(gradient.dtype for gradient in all_gradients):
-        gradients = [gradient for gradient in all_gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.view(-1) for gradient in gradients])
+    """Sums gradients over the group, in one message a type.
+
+    A parameter without a gradient counts as zeros. If no member has one it stays without, and an optimizer passes it by
+    as it does in one process.
+
+        message of a type    [gradients, flat and in order; for each of them how many members have one]
+    """
+    gradients = [
+        torch.zeros_like(each, dtype=each.grad_dtype) if each.grad is None else each.grad  # float32 for half precision
+        for each in parameters
+    ]
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        pairs = [pair for pair in zip(parameters, gradients, strict=True) if pair[1].dtype == dtype]
+        counts = pairs[0][1].new_tensor([parameter.grad is not None for parameter, _ in pairs])
+        flat = torch.cat([*(gradient.view(-1) for _, gradient in pairs), counts])
         group.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        *parts, counts = flat.split([*(gradient.numel() for _, gradient in pairs), len(pairs)])
+        for (parameter, gradient), part, count in zip(pairs, parts, counts, strict=True):
             gradient.copy_(part.view_as(gradient))
+            if parameter.grad is None and count:  # to look at `count` is to wait for the device: only where it matters
+                parameter.grad = gradient
 
 
 def sum_copies(copies: Sequence[Sequence[nn.Parameter]], group: Group | None) -> None:

@@ -16,7 +16,6 @@ for never comes: they are freed as groups are left (`Group.leave`), and the next
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from ...api.errors import ProgramError, RunError, TrainmasterError
 from ..data.microbatch import Microbatch
 from ..models.stage import Stage
 from ..parallel.groups import Group, Receiving, Sending
+from ..seeding import seed_of
 from .apart import Deferred, deferring
 from .comparing import compare
 from .instructions import Edge, EdgeKind, Instruction, Op, Program
@@ -201,8 +201,7 @@ class _Run:
     ) -> Tensor | None:
         """The stage's output, which can be led back from if `kept` is given; the loss on the last."""
         if self._training is not None:
-            digest = hashlib.blake2b(f"{self._training.seed}/{stage_id}/{microbatch}".encode(), digest_size=7).digest()
-            torch.manual_seed(int.from_bytes(digest, "big"))
+            torch.manual_seed(seed_of(self._training.seed, stage_id, microbatch))
         if kept is not None and (stage_id, microbatch) in self._split:
             kept.deferred = Deferred()
             with deferring(kept.deferred):

@@ -186,10 +186,13 @@ def test_the_reference_moves_towards_the_actor_after_each_training(reference):
         ({"reference": replace(ACTOR, lora=LoRA(path="l"))}, None),
         ({"reference_apart": True}, None),
         ({"actor": ACTOR}, None),
-        ({"actor": replace(ACTOR, trainable=("norm",))}, None),
+        ({"actor": replace(ACTOR, trainable=("norm",))}, "actor"),
+        ({"actor": replace(ACTOR, trainable=("norm",)), "reference": OTHER}, None),
+        ({"actor": replace(ACTOR, trainable=("norm",)), "reference_apart": True}, None),
+        ({"actor": replace(ACTOR, trainable=("norm",)), "reference_eta": 0.3}, None),
     ],
 )
-def test_the_reference_of_an_actor_with_adapters_is_its_base_and_has_no_weights_of_its_own(fields, owner):
+def test_the_reference_of_an_actor_that_is_not_all_trained_is_its_base_and_shares_weights(fields, owner):
     compiled = grpo(**{"kl_coefficient": 0.1, "actor": replace(ACTOR, lora=LoRA()), **fields}).compile()
     assert compiled.owner_of("reference") == owner
     assert compiled.owner_of("actor") is None

@@ -9,7 +9,8 @@ from functools import lru_cache
 import numpy
 import pytest
 import torch
-from pipelines import GPT2, QWEN, Case, Outcome, Pool, alone, joined, make_shard, microbatch, processes
+from pipelines import GPT2, OPTIMIZER, QWEN, Case, Outcome, Pool, alone, joined, make_shard, microbatch, processes
+from tiny_models import tiny_config
 from trainmaster.api.config import Layout, LoRA, Precision, Recompute, Schedule
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -47,6 +48,8 @@ CASES = [
     Case(layout=layout("zb-h1", 2, dp=2), trainable=(r"layers\.[23]\.", "model.norm")),
     Case(layout=layout("1f1b", 4), trainable=(r"layers\.1\..*proj",)),
     Case(layout=layout("zb-h1", 2), trainable=("embed_tokens",)),
+    # with biases of routers, which no gradient reaches
+    Case(layout=Layout(dp=2), config=tiny_config("ernie4_5_moe"), optimizer=replace(OPTIMIZER, weight_decay=0.1)),
 ]
 
 

@@ -9,6 +9,7 @@ Does not: decide how a model is cut (`cut`), computed (`attention`), loaded (`lo
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,6 +192,16 @@ def build_pruned(
         if name in kept:
             tensor.data = tensor.data.to(torch.float32)
     return model
+
+
+def tensor_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Which types parameters and buffers, by name, have in a model that transformers itself loads in `dtype`.
+
+    `model`: of the same configuration, pruned or not, in any type. Names are those of the whole model.
+    """
+    config = copy.deepcopy(model.config)
+    whole = build_pruned(config, lambda _: None, config._attn_implementation, type(model).__name__, dtype)
+    return {name: tensor.dtype for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
 
 
 def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:

@@ -181,7 +181,7 @@ def _blaming_the_cut(num_stages: int) -> Iterator[None]:
         if num_stages == 1:
             raise
         raise ModelError(
-            f"this model type needs all of its modules at once ({error}); set model.layout.pp to 1"
+            f"this model type needs all of its modules at once ({error}); set layout.pp and chunks to 1"
         ) from error
 
 

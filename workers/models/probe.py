@@ -55,7 +55,7 @@ def check(stage: Stage) -> None:
             raise
         if PackedMask.__name__ in str(error):
             raise ModelError(f"{name} computes with its attention mask, of which packed documents have none") from error
-        cure = "; set model.layout.pp to 1" if stage.num_stages > 1 else ""
+        cure = "; set layout.pp and chunks to 1" if stage.num_stages > 1 else ""
         raise ModelError(f"{name} cannot run as stage {stage.index} of {stage.num_stages}: {error}{cure}") from error
     finally:
         for module, mode in modes.items():
@@ -117,7 +117,7 @@ def _fault(stage: Stage) -> str | None:
     for name, outputs in seen.stand_ins.items():
         if _reaches(out, outputs, slice(None)):
             where = f"stage {stage.index} of {stage.num_stages}"
-            return f"needs {name} on {where}, which another stage owns; set model.layout.pp to 1"
+            return f"needs {name} on {where}, which another stage owns; set layout.pp and chunks to 1"
     return None
 
 

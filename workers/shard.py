@@ -23,6 +23,7 @@ from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
 from .models import probe
+from .models.configs import naming
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import ShardOptimizer, clip
@@ -64,7 +65,8 @@ class ModelShard:
         self.owner, self.adapters = owner, None
         masters: dict[nn.Parameter, Tensor] = {}
         if owner is None:
-            self.stages, masters, self.adapters = _make_stages(placed, self.place, context)
+            with naming(placed.field):
+                self.stages, masters, self.adapters = _make_stages(placed, self.place, context)
         else:
             self.stages = owner.stages
         self.version = 0

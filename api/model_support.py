@@ -102,9 +102,9 @@ class Support:
             if config.get(switch) is value:
                 return f"{name} with {switch} = {value} {reason}", f"set {switch} to {not value}"
         for rate in _LAYERDROP:
-            if num_stages > 1 and (value := config.get(rate)):
+            if num_stages > 1 and (share := config.get(rate)):
                 return (
-                    f"{name} with {rate} = {value} skips layers at random in training, also where two stages join",
+                    f"{name} with {rate} = {share} skips layers at random in training, also where two stages join",
                     f"set {rate} to 0, or layout.pp and chunks to 1",
                 )
         return None

@@ -1,8 +1,8 @@
 """Stages of half precision, of the types that transformers' own `from_pretrained(dtype=...)` gives.
 
-    read in the model's type                                                  what nothing of is trained
-    made in float32 --> rounded to the model's type, gradients stay float32
-                    \\-> float32 masters, for what is trained
+    read in the model's type                            a checkpoint that is not trained, or has adapters that are
+    made in float32 --> rounded to the model's type     all others; gradients stay float32
+                    \\-> float32 masters                 of what is trained
 
 Invariants: parameters and buffers that a model's author keeps in float32 stay so (rotary frequencies, routing biases),
 all others are of the model's type; weights are those of the float32 model, rounded; gradients of rounded parameters are

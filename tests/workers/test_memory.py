@@ -12,7 +12,7 @@ from tiny_models import tiny_config
 from trainmaster.api.config import Layout, Model, Optimizer, Precision
 from trainmaster.api.errors import ModelError
 from trainmaster.api.experiments.base import PlacedModel
-from trainmaster.workers import memory
+from trainmaster.workers import doctor, memory
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.memory import Need, Room
@@ -91,6 +91,13 @@ def test_a_model_that_is_being_made_takes_more_than_one_that_is(dtype: Precision
         ModelShard(placed, replace(context, room=Room("on a GPU", 2**30, host)), ShardGroups())
     host = Room("here", num_bytes * num_parameters)
     ModelShard(placed, replace(context, room=Room("on a GPU", 2**30, host)), ShardGroups())
+
+
+def test_the_doctors_whole_model_must_fit_too(monkeypatch: pytest.MonkeyPatch):
+    compiled = make_context(Case(layout=Layout()), 0).compiled
+    monkeypatch.setattr(Room, "on", lambda device, num_local_workers: Room("in a test", 2**10))
+    with pytest.raises(ModelError, match=r"model: [\d,]+ parameters take .*; there are 0\.00 GiB, in a test"):
+        doctor._whole_model(compiled, compiled.training.graph.model_calls[0])
 
 
 def test_a_model_that_is_read_and_not_trained_is_never_larger_than_its_type_is(tmp_path: Path):

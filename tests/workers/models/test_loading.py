@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from trainmaster.api.errors import ConfigError, ModelError
+from trainmaster.workers.models import hf_compat
 from trainmaster.workers.models.attention import PackedBatch
 from trainmaster.workers.models.loading import init_stage, load_stage
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -183,6 +184,15 @@ def test_tensors_that_are_stacked_are_named_one_by_one(whole_of, tmp_path, chang
     load_stage(directory, 0, 2, CPU)  # does not need them
     with pytest.raises(ModelError, match=".*".join(faults)):
         load_stage(directory, 1, 2, CPU)
+
+
+def test_what_transformers_cannot_convert_is_refused(whole_of, tmp_path, monkeypatch):
+    """As in a format that it reads and would not write, of which we do not know what must be there."""
+    directory = shutil.copytree(whole_of("qwen3_moe").directory, tmp_path / "experts")
+    rewrite(directory, lambda tensors: tensors.pop(EXPERT.format(1, "gate")))
+    monkeypatch.setattr(hf_compat, "conversion_faults", lambda model, found: [])
+    with pytest.raises(ModelError, match="experts cannot be read as a safetensors checkpoint: "):
+        load_stage(directory, 0, 1, CPU)
 
 
 def test_experts_that_are_stacked_in_the_file_are_read_as_they_are(whole_of, tmp_path):

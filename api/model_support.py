@@ -20,6 +20,10 @@ from .errors import ModelError
 FILE = Path(__file__).parent / "model_support.json"
 
 
+_LAYERDROP = ("layerdrop", "decoder_layerdrop")
+"""Keywords of a configuration: the share of layers that one pass of training leaves out."""
+
+
 class Column(StrEnum):
     """What is measured of a type, against transformers' own whole model."""
 
@@ -97,6 +101,12 @@ class Support:
         for switch, (value, reason) in self.unless.items():
             if config.get(switch) is value:
                 return f"{name} with {switch} = {value} {reason}", f"set {switch} to {not value}"
+        for rate in _LAYERDROP:
+            if num_stages > 1 and (share := config.get(rate)):
+                return (
+                    f"{name} with {rate} = {share} skips layers at random in training, also where two stages join",
+                    f"set {rate} to 0, or layout.pp and chunks to 1",
+                )
         return None
 
 

@@ -24,12 +24,10 @@ from ..system.service.adapter import CONFIG, WEIGHTS, name_of_part
 from ..system.service.files import sync
 from .adapters import Adapters, is_adapter
 from .models import integrity
-from .models.checkpoint import part_of, write_tensors
+from .models.checkpoint import part_of, shown, write_tensors
 from .models.stage import Stage
 
 _PREFIX = "base_model.model."
-_SHOWN = 4
-"""Names of tensors in an error."""
 
 
 def write_adapters(stage: Stage, masters: Mapping[nn.Parameter, Tensor], directory: Path) -> ShardFile:
@@ -85,10 +83,9 @@ def check_names(directory: Path, wanted: Mapping[str, Sequence[int]]) -> None:
         if name in found and found[name] != shape
     ]
     if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ModelError(
-            f"{directory / WEIGHTS} does not fit the model and its lora: {'; '.join(faults[:_SHOWN])}{more}. Give lora "
-            f"the r and the target_modules of {CONFIG} there, and the model the adapter's base"
+            f"{directory / WEIGHTS} does not fit the model and its lora: {shown(faults)}. Give lora the "
+            f"r and the target_modules of {CONFIG} there, and the model the adapter's base"
         )
 
 

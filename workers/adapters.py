@@ -100,7 +100,7 @@ class Adapters:
         return shapes
 
     def attach(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Put adapters beside the targets that a float32 model holds: with these values, or as they begin."""
+        """Put adapters, float32, beside the targets that a model holds: with these values, or as they begin."""
         shapes = self.shapes(model)
         for name, module in list(self._held(model)):
             for part in (A, B):

@@ -25,6 +25,7 @@ from ..api.graph import CallKind, ModelFunctionCall
 from . import recording
 from .algorithms import inference_algorithm, training_algorithm
 from .context import ShardGroups, WorkerContext
+from .memory import Room
 from .models import hf_compat
 from .recording import Record
 from .shard import ModelShard
@@ -128,8 +129,15 @@ def _joined(records: Sequence[Record]) -> Record:
 def _whole_model(compiled: CompiledExperiment, call: ModelFunctionCall) -> ModelShard:
     placed = compiled.models[call.model]
     whole = replace(placed, model=replace(placed.model, layout=Layout()), first_rank=0)
+    device = torch.device("cpu")
     context = WorkerContext(
-        rank=0, num_workers=1, device=torch.device("cpu"), compiled=compiled, name="doctor", address="127.0.0.1"
+        rank=0,
+        num_workers=1,
+        device=device,
+        compiled=compiled,
+        name="doctor",
+        address="127.0.0.1",
+        room=Room.on(device, 1),
     )
     return ModelShard(whole, context, ShardGroups())
 

@@ -210,7 +210,8 @@ class Handlers:
     def _source(self, fed: FedGraph) -> SequenceSource:
         graph, max_tokens, vocabulary = fed.graph, sys.maxsize, sys.maxsize
         for call in graph.model_calls:
-            context, words = model_limits(self._context.compiled.models[call.model].model)
+            placed = self._context.compiled.models[call.model]
+            context, words = model_limits(placed.model, placed.field)
             grows = call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else 0
             max_tokens = min(max_tokens, context - grows, call.microbatching.max_tokens - grows)
             vocabulary = min(vocabulary, words)
@@ -226,7 +227,7 @@ class Handlers:
         if role not in self._tokenizers:
             placed = self._context.compiled.models[role]
             tokenizer = load_tokenizer(directory_of(placed.model.tokenizer_path), f"{placed.field}.tokenizer")
-            check_reload(tokenizer, config_of(placed.model), f"{placed.field}.tokenizer")
+            check_reload(tokenizer, config_of(placed.model, placed.field), f"{placed.field}.tokenizer")
             self._tokenizers[role] = tokenizer
         return self._tokenizers[role]
 

@@ -1,12 +1,14 @@
 """Is there room for a model? Asked before any of its weights is read or drawn.
 
-Counts what lasts: weights, gradients, optimizer state. Activations and KV caches come on top, and are for the layout
-(pp, recompute) and the microbatches to bound. What was granted counts as taken, though gradients and moments are there
-only after a first step.
+Counts what lasts: weights, gradients, optimizer state; and, beside it, the weights as they are while they are made: in
+the host's memory, also for a GPU, and in float32 where they are rounded afterwards. Activations and KV caches come on
+top, and are for the layout (pp, recompute) and the microbatches to bound. What was granted counts as taken, though
+gradients and moments are there only after a first step.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -49,20 +51,31 @@ class Need:
 
 
 class Room:
-    """What a worker has of its device's memory, or of its host's."""
+    """What a worker has of its device's memory, or of its host's. `host`: where stages are made, if not there."""
 
-    def __init__(self, where: str, num_bytes: int) -> None:
-        self._where, self._left = where, num_bytes
+    def __init__(self, where: str, num_bytes: int, host: Room | None = None) -> None:
+        self._where, self._left, self._host = where, num_bytes, host
 
     @classmethod
     def on(cls, device: torch.device, num_local_workers: int) -> Room:
-        """What is free now; workers on a CPU share it evenly."""
-        if device.type == "cuda":
-            return cls(f"free on {device}", torch.cuda.mem_get_info(device)[0])
-        return cls(f"this worker's share (1 of {num_local_workers}) of what is free here", _free() // num_local_workers)
+        """What is free now, of a GPU and of the host, which its workers share evenly.
 
-    def take(self, model: str, need: Need) -> None:
-        """For parameters that are about to be loaded. Raises ModelError if they do not fit."""
+        What earlier models of this process left behind is let go of first: stages lie in cycles of references, and
+        torch keeps blocks of a GPU.
+        """
+        gc.collect()
+        where = f"this worker's share (1 of {num_local_workers}) of what is free here"
+        host = cls(where, _free() // num_local_workers)
+        if device.type != "cuda":
+            return host
+        torch.cuda.empty_cache()
+        return cls(f"free on {device}", torch.cuda.mem_get_info(device)[0], host)
+
+    def take(self, model: str, need: Need, making: int = 0) -> None:
+        """For parameters that are about to be made. Raises ModelError if they do not fit.
+
+        `making`: bytes that are wanted of the host's memory meanwhile.
+        """
         wanted = need.total
         parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
         shown = ", ".join(f"{name} {_gib(each)}" for name, each in parts.items() if each)
@@ -74,8 +87,18 @@ class Room:
                 f"other models take. Raise {model}.layout.pp and the number of workers, set {model}.dtype to bfloat16, "
                 "or take larger machines"
             )
+        (self._host or self)._hold(model, need, making)
         self._left -= wanted
         logger.info("%s; %s are left", estimate, _gib(self._left))
+
+    def _hold(self, model: str, need: Need, num_bytes: int) -> None:
+        """For a moment."""
+        if num_bytes > self._left:
+            raise ModelError(
+                f"{model}: {need.num_parameters:,} parameters take {_gib(num_bytes)} of the host's memory while they "
+                f"are made; there are {_gib(max(self._left, 0))}, {self._where}, less what other models take. Raise "
+                f"{model}.layout.pp, have fewer workers on a host, or take larger machines"
+            )
 
 
 def _gib(num_bytes: int) -> str:
@@ -89,7 +112,9 @@ def _free() -> int:
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free.append(int(lines["MemAvailable"].split()[0]) * 2**10)
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    limit, used, kinds = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free.append(int(text) - int(used.read_text()))
+        lines = dict(line.split() for line in kinds.read_text().splitlines()) if kinds.is_file() else {}
+        cached = int(lines.get("inactive_file", 0))  # pages of files, given up as soon as memory is wanted
+        free.append(int(text) - int(used.read_text()) + cached)
     return min(free)

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..api.config import Recompute
+from ..api.errors import ModelError
 
 _PRODUCTS = frozenset(
     ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul", "aten::_grouped_mm")
@@ -32,9 +33,17 @@ _Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]
 
 
 def recompute_layers(layers: Sequence[nn.Module], recompute: Recompute) -> None:
-    """Has these layers recompute what they do not keep, from now on, whenever they are trained."""
+    """Has a stage's layers recompute what they do not keep, from now on, whenever they are trained.
+
+    Raises ModelError if there are none: of a model whose layers are in no list, or in several.
+    """
     if recompute in (Recompute.NONE, Recompute.STAGE):
         return
+    if not layers:
+        raise ModelError(
+            f"layout.recompute = {recompute.value}: this model has not one list of layers, as others have, so none "
+            "could compute again; set layout.recompute to none or stage"
+        )
     for layer in layers:
         # an attribute of the instance: the layer keeps its class, its names and its parameters
         layer.forward = partial(_run, layer.forward, recompute is Recompute.SELECTIVE)

@@ -144,8 +144,8 @@ class Worker:
 
     def _abandon(self) -> None:
         """Has whatever waits for workers of an old epoch fail. Safe from any thread."""
-        if self._handlers is not None:
-            self._handlers.abandon()
+        if (handlers := self._handlers) is not None:
+            handlers.abandon()
 
     def _ready(self, epoch: int) -> Handlers:
         with self._setting_up:
@@ -154,6 +154,7 @@ class Worker:
                 assert welcome is not None, "requests follow a welcome"
                 if self._handlers is not None:
                     self._handlers.close()
+                    self._handlers = None  # its memory is for those who follow
                 self._handlers, self._epoch = self._set_up(welcome), epoch
             return self._handlers
 

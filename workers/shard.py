@@ -23,6 +23,8 @@ from .blending import blend
 from .context import Place, ShardGroups, WorkerContext
 from .data.microbatch import Microbatch
 from .memory import Need
+from .models import probe
+from .models.configs import naming
 from .models.loading import init_stage, load_stage
 from .models.stage import Stage
 from .optimizer import ShardOptimizer, clip
@@ -70,7 +72,8 @@ class ModelShard:
         self._first: dict[nn.Parameter, Tensor] = {}
         """By parameter that the owner trains: what it was. The two change places while this shard computes."""
         if owner is None:
-            self.stages, masters, self.adapters = _make_stages(placed, self.place, context)
+            with naming(placed.field):
+                self.stages, masters, self.adapters = _make_stages(placed, self.place, context)
         else:
             self.stages, self._first = owner.stages, _first_values(placed, owner, context)
         self.version = 0
@@ -326,10 +329,17 @@ def _make_stages(
     """The stages of a place, float32 values of what is trained in another type, and the adapters of all stages."""
     model, dtype, seed = placed.model, type_of(placed.model.dtype), context.compiled.run.seed
     predicate = Trained(placed, seed)
+    # float32 values are for masters, and for weights that are drawn: they are those of the float32 model, rounded
+    keeps_masters = placed.optimizer is not None
+    made_in = torch.float32 if model.path is None or (keeps_masters and model.lora is None) else dtype
 
     def admit(pruned: PreTrainedModel) -> None:
-        if context.room is not None:
-            context.room.take(placed.field, predicate.need(pruned, dtype))
+        if context.room is None:
+            return
+        need = predicate.need(pruned, dtype)
+        rounded = 0 if made_in is dtype else need.num_trained  # beside their masters
+        making = need.num_parameters * made_in.itemsize + rounded * dtype.itemsize
+        context.room.take(placed.field, need, making)
 
     if model.path is not None:
         make = partial(load_stage, model.path, survey=predicate.survey, admit=admit)
@@ -338,11 +348,14 @@ def _make_stages(
     stages: list[Stage] = []
     masters: dict[nn.Parameter, Tensor] = {}
     for index in place.stages:
-        home = context.device if dtype is torch.float32 else torch.device("cpu")
-        stage = make(index, model.layout.num_stages, home, torch.float32)
+        home = context.device if made_in is dtype else torch.device("cpu")
+        stage = make(index, model.layout.num_stages, home, made_in)
         predicate.apply(stage)
-        if dtype is not torch.float32:
-            masters |= round_to(stage, dtype, keeps_masters=placed.optimizer is not None)
+        exact = {} if dtype is torch.float32 else round_to(stage, dtype, keeps_masters)
+        stage.to(context.device)
+        masters |= {parameter: value.to(context.device) for parameter, value in exact.items()}
+        if made_in is not dtype:
+            probe.check(stage)  # a model may run in one type, and not in the other
         recompute_layers(stage.cut.layers, model.layout.recompute)
-        stages.append(stage.to(context.device))
+        stages.append(stage)
     return tuple(stages), masters, predicate.adapters

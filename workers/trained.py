@@ -2,7 +2,7 @@
 
     survey    the whole model, on the meta device     does each pattern find a parameter, each target a module?
     need      a stage of it, on the meta device       how many parameters will there be, and how many trained?
-    apply     a stage, loaded, float32                freezes what is not trained; attaches adapters
+    apply     a stage, loaded                         freezes what is not trained; attaches adapters
 
 Invariants: what is not trained has no gradient, no master and no moments, and its values never change. That is so
 of parameters that a model's author never trains (`requires_grad=False`: biases of routers), whatever is asked for.
@@ -64,7 +64,7 @@ class Trained:
         return Need.of(dtype, num_base + num_added, 0 if self._placed.optimizer is None else num_added)
 
     def apply(self, stage: Stage) -> None:
-        """`stage` is float32."""
+        """`stage` is float32 if anything of it but adapters is trained."""
         if self._placed.optimizer is not None:
             for name, parameter in stage.model.named_parameters():
                 parameter.requires_grad_(self.adapters is None and self._is_trained(name, parameter))

@@ -73,6 +73,19 @@ def test_what_did_not_pass_is_refused_with_a_cure(config, num_stages, generates,
     assert cure in found[1]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "rate"), [("opt", "layerdrop"), ("xglm", "layerdrop"), ("trocr", "decoder_layerdrop")]
+)
+def test_layers_that_are_skipped_at_random_are_not_cut(model_type: str, rate: str):
+    support = support_table().of(model_type)
+    assert support.refusal({rate: 0.1}, num_stages=2) == (
+        f"model type '{model_type}' with {rate} = 0.1 skips layers at random in training, also where two stages join",
+        f"set {rate} to 0, or layout.pp and chunks to 1",
+    )
+    assert support.refusal({rate: 0.1}, num_stages=1) is None
+    assert support.refusal({rate: 0.0}, num_stages=2) is None
+
+
 def test_what_did_pass_is_not_refused():
     assert PARTLY.refusal({"alibi": False}, num_stages=1) is None
     assert PARTLY.advice == ["pp = 1", "no generation", "alibi = False"]

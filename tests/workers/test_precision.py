@@ -1,4 +1,4 @@
-"""bfloat16 training beside float32 training of the same weights, in one process."""
+"""bfloat16 training beside float32 training of the same weights, and beside transformers' own in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_checks import make_reference
+from pipelines import Case, make_context
 from safetensors.torch import load_file
 from shards import SAMPLING, STOP_IDS, shard_of
-from torch import nn
-from trainmaster.api.config import Layout, Optimizer, Precision, Recompute
+from tiny_models import tiny_config
+from torch import Tensor, nn
+from trainmaster.api.config import Layout, LoRA, Model, Optimizer, Precision, Recompute
+from trainmaster.api.errors import ModelError
+from trainmaster.api.experiments.base import PlacedModel
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
+from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.data.microbatch import Microbatch
+from trainmaster.workers.models import hf_compat
 from trainmaster.workers.models.attention import PackedBatch
 from trainmaster.workers.models.checkpoint import write_config, write_stage
 from trainmaster.workers.pipeline.generation import Prompt
 from trainmaster.workers.precision import round_to, type_of
 from trainmaster.workers.shard import ModelShard
+from transformers import Qwen3ForCausalLM
 
 CPU = torch.device("cpu")
 OPTIMIZER = Optimizer(learning_rate=3e-3, warmup_steps=2, max_gradient_norm=None)
@@ -128,7 +136,7 @@ def test_a_model_that_is_not_trained_keeps_no_masters():
 
 def test_what_the_author_keeps_in_float32_stays_so(monkeypatch):
     shard = shard_of(Layout(), None)
-    monkeypatch.setattr(shard.stage.model, "_keep_in_fp32_modules_strict", {"norm"})
+    monkeypatch.setattr(Qwen3ForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
     masters = round_to(shard.stage, torch.bfloat16, keeps_masters=True)
     for name, parameter in shard.stage.model.named_parameters():
         assert (parameter.dtype is torch.float32) == ("norm" in name), name
@@ -180,6 +188,85 @@ def test_a_reference_moves_by_less_than_its_last_bit(eta: float):
         wanted = left * start[name] + (1 - left) * source.optimizer.masters[weight].detach()
         torch.testing.assert_close(parameter.detach().float(), wanted, rtol=BFLOAT16, atol=1e-5, msg=name)
     assert exact.version == 0
+
+
+FAMILIES = ("llama", "gemma2", "gpt_oss", "qwen3_moe")
+ODD = ("ernie4_5_moe", "flint", "minimax", "modernbert-decoder", "xglm")
+"""With parameters or buffers of a type of their own, or a head of several products."""
+
+
+def shards_of(directory: Path, optimizer: Optimizer | None, num_stages: int = 2) -> list[ModelShard]:
+    """In bfloat16, one for each pipeline rank, from a checkpoint."""
+    model = Model(path=directory, layout=Layout(pp=num_stages), dtype=Precision.BFLOAT16)
+    placed = PlacedModel(model=model, optimizer=optimizer, field="actor")
+    contexts = [make_context(Case(layout=model.layout), rank) for rank in range(num_stages)]
+    return [ModelShard(placed, context, ShardGroups()) for context in contexts]
+
+
+def own_in_bfloat16(directory: Path, model_class: type, documents: list[Tensor], weights: Tensor) -> nn.Module:
+    """transformers' own, with gradients of sum(logits * weights), and `logits`."""
+    with hf_compat.quiet():
+        own = model_class.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        own.logits = torch.cat([own(input_ids=ids, use_cache=False).logits for ids in documents], 1).float()
+    (own.logits * weights).sum().backward()
+    return own
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, *ODD])
+def test_checkpoints_run_in_bfloat16_as_in_transformers_own(model_type: str, tmp_path: Path):
+    """Trained ones are rounded from float32, others are read so: of the same types, with the same numbers."""
+    reference = make_reference(tiny_config(model_type), tmp_path)
+    lengths = (7, 11)
+    documents = list(torch.randint(3, 60, (1, 18), generator=torch.Generator().manual_seed(1)).split(lengths, 1))
+    weights = torch.randn(1, 18, 64, generator=torch.Generator().manual_seed(2))
+    own = own_in_bfloat16(tmp_path, type(reference.model), documents, weights)
+    wanted = {name: t.dtype for name, t in (*own.named_parameters(), *own.named_buffers())}
+    logits, gradients = [], {}
+    for optimizer in (OPTIMIZER, None):
+        stages = [shard.stage.eval() for shard in shards_of(tmp_path, optimizer)]
+        hidden, batch = None, PackedBatch(lengths, CPU)
+        for stage in stages:
+            hidden = stage(torch.cat(documents, 1), batch, hidden)
+            tensors = {**dict(stage.model.named_parameters()), **dict(stage.model.named_buffers())}
+            assert {n: t.dtype for n, t in tensors.items() if t.numel()}.items() <= wanted.items()
+        logits.append(stages[-1].logits(hidden))
+        if optimizer is not None:
+            (logits[0] * weights).sum().backward()
+            for name, parameter in (pair for stage in stages for pair in stage.model.named_parameters()):
+                if parameter.grad is not None:
+                    assert parameter.grad.dtype is torch.float32
+                    gradients[name] = gradients.get(name, 0) + parameter.grad
+    assert torch.equal(*logits)
+    assert (logits[0] - own.logits).norm() < 4 * BFLOAT16 * own.logits.norm()
+    theirs = {name: each.grad.float() for name, each in own.named_parameters() if each.grad is not None}
+    largest = max(gradient.norm() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        error, size = (gradients[name] - gradient).norm(), max(gradient.norm(), 1e-2 * largest)
+        assert error < 0.05 * size, f"{name}: {error / size}"
+
+
+def test_a_type_that_runs_in_float32_only_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch):
+    """As minimax was: its buffers stayed float32, and a product of them with the rest failed at the first step."""
+    types = hf_compat.tensor_types
+    monkeypatch.setattr(
+        hf_compat,
+        "tensor_types",
+        lambda model, dtype: types(model, dtype) | dict.fromkeys(["model.layers.0.mlp.up_proj.weight"], torch.float32),
+    )
+    with pytest.raises(ModelError, match="model type 'qwen3' cannot run as stage 0 of 1: "):
+        shard_of(Layout(), OPTIMIZER, Precision.BFLOAT16)
+
+
+def test_adapters_lie_on_a_base_that_is_read_in_its_type(tmp_path: Path):
+    make_reference(tiny_config("llama"), tmp_path)
+    model = Model(path=tmp_path, dtype=Precision.BFLOAT16, lora=LoRA())
+    context = make_context(Case(layout=Layout()), 0)
+    shard = ModelShard(PlacedModel(model=model, optimizer=OPTIMIZER, field="actor"), context, ShardGroups())
+    assert {master.dtype for master in shard.optimizer.masters.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in shard.stage.parameters()} == {torch.bfloat16}
+    losses = train(shard, STEPS)
+    assert losses[-1] < losses[0]
+    assert all(parameter.grad.dtype is torch.float32 for parameter in shard.optimizer.masters)
 
 
 @pytest.mark.gpu

@@ -8,9 +8,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from trainmaster.api.config import Recompute
+from trainmaster.api.errors import ModelError
+from trainmaster.workers import recomputation
 from trainmaster.workers.models.attention import PackedBatch
 from trainmaster.workers.models.loading import init_stage
 from trainmaster.workers.models.stage import Stage
@@ -51,28 +56,37 @@ def ids() -> Tensor:
 
 
 @contextmanager
-def counting(saved: list[int]) -> Iterator[None]:
-    """Bytes that autograd keeps, but for those of parameters."""
+def counting() -> Iterator[dict[int, int]]:
+    """Bytes of what autograd keeps, but for parameters, and of what the policy of `selective` keeps; by address."""
+    kept: dict[int, int] = {}
+    policy = recomputation._policy
 
-    def pack(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            saved.append(tensor.nbytes)
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
+    def watched(context: SelectiveCheckpointContext, *args: object, **kwargs: object) -> CheckpointPolicy:
+        chosen = policy(context, *args, **kwargs)
+        if not context.is_recompute and chosen is not CheckpointPolicy.PREFER_RECOMPUTE:
+            tree_map_only(Tensor, keep, context.op_output)
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        patch.setattr(recomputation, "_policy", watched)
+        yield kept
 
 
 def trained(stage: Stage) -> tuple[Tensor, dict[str, Tensor], int]:
     """The output, gradients, and how many bytes were kept between the passes."""
-    saved: list[int] = []
     torch.manual_seed(8)
-    with counting(saved):
+    with counting() as kept:
         out = stage(ids(), BATCH)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(9)  # another state than the forward's, which a recomputation must not see
     (out * weights).sum().backward()
-    return out.detach(), {name: each.grad for name, each in stage.named_parameters()}, sum(saved)
+    return out.detach(), {name: each.grad for name, each in stage.named_parameters()}, sum(kept.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -88,9 +102,21 @@ def test_outputs_and_gradients_are_the_same_to_the_bit_and_less_is_kept(name: st
             else:
                 assert torch.equal(got[parameter], gradient), parameter
         kept.append(num_bytes)
-    # what selective keeps lies in its cache, which these hooks do not see
-    assert max(kept) < 0.4 * everything
+    selective, full = kept
+    assert full < 0.1 * everything
+    assert full < selective < 0.5 * everything
     assert gradients["model.transformer.wte.weight" if name == "dropout" else "model.model.embed_tokens.weight"].any()
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_a_model_without_a_list_of_layers_is_refused(recompute: Recompute):
+    """hrm_text has two, which it runs in turns."""
+    stage = init_stage(tiny_config("hrm_text"), 4, 0, 1, CPU)
+    if recompute in AGAIN:
+        with pytest.raises(ModelError, match=f"layout.recompute = {recompute.value}: .*; set layout.recompute to none"):
+            recompute_layers(stage.cut.layers, recompute)
+    else:
+        recompute_layers(stage.cut.layers, recompute)
 
 
 def calls_of(stage: Stage) -> list[int]:

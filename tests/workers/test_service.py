@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from trainmaster.system.rpc.commands import (
     CallDone,
     CallModel,
     Command,
+    Echo,
+    Echoed,
     Fetch,
     Fetched,
     Hook,
@@ -38,6 +41,7 @@ from trainmaster.system.rpc.commands import (
 )
 from trainmaster.system.rpc.messages import Lane, Reply, Request, Success, Welcome
 from trainmaster.workers.handlers import Handlers
+from trainmaster.workers.memory import Room
 from trainmaster.workers.service import Worker
 from trainmaster.workers.tally import Tally
 from workbench import TINY_MODEL
@@ -238,3 +242,38 @@ def test_hooks_of_models_that_are_elsewhere_do_nothing_here(bench: Bench) -> Non
     hooks = (Reshard(source="there", target="elsewhere"), Offload(model="elsewhere"))
     bench.ask(Release(ids=()), post_hooks=hooks)
     assert all(tensor.equal(before[name]) for name, tensor in bench.weights("actor").items())
+
+
+class Epoch:
+    """What handlers are to a worker, in a cycle as models are."""
+
+    num_stored = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def execute(self, command: Echo, step: int) -> Echoed:
+        return Echoed(text=command.text)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_an_epoch_held_is_let_go_of_before_the_next_is_set_up() -> None:
+    requests = [
+        Request(run="test", epoch=epoch, id=epoch, lane=Lane.COMPUTE, deadline_s=60.0, submitted_s=0.0, command=Echo())
+        for epoch in (1, 2)
+    ]
+    client, earlier = FakeClient(requests), list[weakref.ref[Epoch]]()
+    num_alive = []
+
+    def set_up(_welcome: Welcome) -> Epoch:
+        Room.on(torch.device("cpu"), 1)  # as handlers do
+        num_alive.append(sum(each() is not None for each in earlier))
+        made = Epoch()
+        earlier.append(weakref.ref(made))
+        return made
+
+    Worker(client, set_up, FakeAlarm(), Tally(client)).run()  # type: ignore[arg-type]
+    assert [type(reply.outcome) for reply in client.replies] == [Success, Success]
+    assert num_alive == [0, 0]

@@ -1,4 +1,4 @@
-"""Writing stages as an ordinary Hugging Face directory, every stage's process its own file.
+"""Writing stages as an ordinary Hugging Face directory, every stage's process its own file; what such a one holds.
 
     stage 0, 1, ...  write_stage    -> model-00001-of-00003.safetensors, ...    and a ShardFile each
     stage 0          write_config   -> config.json, generation_config.json
@@ -10,17 +10,46 @@ synced to disk before a call returns. Files are written in place: give a new dir
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ...system.rpc.commands import ShardFile
 from ...system.service.files import digest_of, sync
+from ...system.service.manifest import INDEX
 from . import hf_compat
 from .stage import Stage
+
+_SHOWN = 4
+"""Names of tensors in an error."""
+
+
+def tensor_shapes(directory: Path) -> dict[str, list[int]]:
+    """Of all tensors of a checkpoint, by name; of no file but its index reads more than the header.
+
+    Raises OSError or SafetensorError. The index is taken to be one: see `integrity`.
+    """
+    index = directory / INDEX
+    files = {"model.safetensors"}
+    if not (directory / "model.safetensors").is_file() and index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    shapes = {}
+    for file in sorted(files):
+        with safe_open(directory / file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # no dict
+                shapes[name] = list(opened.get_slice(name).get_shape())
+    return shapes
+
+
+def shown(faults: Sequence[str]) -> str:
+    """The first few, and how many more there are, for an error."""
+    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return "; ".join(faults[:_SHOWN]) + more
 
 
 def write_stage(stage: Stage, directory: Path) -> ShardFile:

@@ -10,6 +10,8 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +90,32 @@ def _knows(config_class: type[PretrainedConfig], config: PretrainedConfig, key: 
     return re.search(read, source) is not None
 
 
-def config_of(model: Model) -> PretrainedConfig:
-    """The configuration of an experiment's model."""
-    return (
-        config_from_directory(directory_of(model.path))
-        if model.path is not None
-        else config_from_keywords(model.config)
-    )
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Inside, errors on `model`, which is what this package calls any, are on the experiment's `field`: `actor`."""
+    try:
+        yield
+    except ConfigError as error:
+        model, _, rest = error.field.partition(".")
+        if model != "model":
+            raise
+        raise ConfigError(f"{field}.{rest}", error.value, error.rule, error.cure) from error
 
 
-def model_limits(model: Model) -> tuple[int, int]:
-    """The most tokens that a sequence of this model may have (no limit: `sys.maxsize`), and the vocabulary's size."""
-    config = config_of(model)
+def config_of(model: Model, field: str = "model") -> PretrainedConfig:
+    """The configuration of the model that an experiment holds as `field`."""
+    if model.path is not None:
+        return config_from_directory(directory_of(model.path))
+    with naming(field):
+        return config_from_keywords(model.config)
+
+
+def model_limits(model: Model, field: str = "model") -> tuple[int, int]:
+    """The most tokens that a sequence of this model may have (no limit: `sys.maxsize`), and the vocabulary's size.
+
+    `field`: the experiment's that holds it.
+    """
+    config = config_of(model, field)
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize
     return min(context, rotary_limit(config) or sys.maxsize), config.vocab_size
 

@@ -216,7 +216,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     if len(lists) != 1:
         raise ModelError(
             f"{type(decoder).__name__} has {len(lists)} lists of layers ({', '.join(lists) or 'none'}) where other "
-            "decoders have one; set model.layout.pp to 1"
+            "decoders have one; set layout.pp and chunks to 1"
         )
     place = order.index(lists[0])
     before, after = order[:place], order[place + 1 :]
@@ -316,7 +316,7 @@ def _ties_head_to(embedding: nn.Module, model: PreTrainedModel) -> bool:
     if set(ties.values()) != {source}:
         tied, to = next((name, value) for name, value in ties.items() if value != source)
         raise ModelError(
-            f"{type(model).__name__} ties {tied} to {to}, which may be on another stage; set model.layout.pp to 1"
+            f"{type(model).__name__} ties {tied} to {to}, which may be on another stage; set layout.pp and chunks to 1"
         )
     return True
 

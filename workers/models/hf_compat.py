@@ -1,17 +1,18 @@
 """The one place that touches transformers surfaces that are private or may move between minor versions.
 
 Owns: quiet calls, the model class behind a config, the attention and mask registries, the pipeline plan, building a
-pruned model, one module's initialisation, undoing weight conversions. The pinned version is in `pyproject.toml`; when
-it changes, this file and the per-type tests in `tests/workers/models` are what to look at.
+pruned model, one module's initialisation, weight conversions and undoing them. The pinned version is in
+`pyproject.toml`; when it changes, this file and the per-type tests in `tests/workers/models` are what to look at.
 
 Does not: decide how a model is cut (`cut`), computed (`attention`), loaded (`loading`) or written (`checkpoint`).
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
-from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    build_glob_alternation,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
@@ -172,6 +180,51 @@ def read_pruned(
     return model, faults
 
 
+def conversion_faults(model: PreTrainedModel, found: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is wrong with those tensors of a checkpoint that loading makes others of (experts, which it stacks).
+
+    transformers stacks whatever it finds, so one that is missing would shift all that follow. `model`: on the meta
+    device, perhaps pruned; `found`: shapes, by name, of the whole checkpoint. One line for each tensor that is missing,
+    misshapen, or one too many. Says nothing of tensors in a format that transformers reads, but would not write.
+    """
+    state = model.state_dict()
+    written = {name: list(tensor.shape) for name, tensor in checkpoint_format(model, state).items()}
+    wanted, there = _by_target(model, state, written), _by_target(model, state, found)
+    faults = []
+    for target, parts in wanted.items():
+        others = there.get(target, {})
+        if not parts.keys() & others.keys():
+            continue
+        faults += [f"{parts[key]} is missing" for key in parts if key not in others]
+        faults += [f"{others[key]} is of no use to the model" for key in others if key not in parts]
+        faults += [
+            f"{others[key]} has shape {list(found[others[key]])} where the model has {written[name]}"
+            for key, name in parts.items()
+            if key in others and list(found[others[key]]) != written[name]
+        ]
+    return faults
+
+
+def _by_target(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], names: Iterable[str]
+) -> dict[str, dict[str, str]]:
+    """Names of a checkpoint's tensors that are converted, by the (first) parameter that is made of them.
+
+    Each with a key that does not depend on what older versions called it.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(names):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if pattern is not None and target in state:
+            key = apply_renamings(name, renamings).removeprefix(f"{prefix}.")
+            found.setdefault(target, {})[key] = name
+    return found
+
+
 def build_pruned(
     config: PretrainedConfig, prune: Prune, attention: str | None, name: str, dtype: torch.dtype
 ) -> PreTrainedModel:
@@ -191,6 +244,16 @@ def build_pruned(
         if name in kept:
             tensor.data = tensor.data.to(torch.float32)
     return model
+
+
+def tensor_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Which types parameters and buffers, by name, have in a model that transformers itself loads in `dtype`.
+
+    `model`: of the same configuration, pruned or not, in any type. Names are those of the whole model.
+    """
+    config = copy.deepcopy(model.config)
+    whole = build_pruned(config, lambda _: None, config._attn_implementation, type(model).__name__, dtype)
+    return {name: tensor.dtype for name, tensor in (*whole.named_parameters(), *whole.named_buffers())}
 
 
 def float32_names(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:

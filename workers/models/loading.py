@@ -9,7 +9,7 @@ model at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ...api.hub import directory_of
 from ...api.model_support import Packing, Way, support_table
 from ..seeding import seed_of
 from . import attention, hf_compat, integrity, probe
+from .checkpoint import shown, tensor_shapes
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune, replace_head
 from .stage import Head, Stage
@@ -64,18 +65,25 @@ def load_stage(
         is_language_model = not any("ForSequenceClassification" in name for name in config.architectures or ())
         pruning = _Pruning(config, index, num_stages, head, way, survey, admit)
         try:
+            shapes = tensor_shapes(directory)
+
+            def prune_and_check(model: PreTrainedModel) -> None:
+                pruning(model)
+                if faults := hf_compat.conversion_faults(model, shapes):
+                    raise _unfit(directory, faults)
+
             with _blaming_the_cut(num_stages):
                 model, faults = hf_compat.read_pruned(
-                    directory, config, pruning, pruning.attention, pruning.name, dtype
+                    directory, config, prune_and_check, pruning.attention, pruning.name, dtype
                 )
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(f"{directory} cannot be read as a safetensors checkpoint: {error}") from error
         if head is Head.SCALAR and is_language_model and _MISSING_SCORE in faults:
             faults.remove(_MISSING_SCORE)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 _draw(model.get_submodule("score"), "score", model, seed)
         if faults:
-            raise ModelError(f"{directory} does not fit its config.json: {'; '.join(faults)}")
+            raise _unfit(directory, faults)
         _own_memory(model)
         return _finish(model, pruning, device)
 
@@ -112,6 +120,13 @@ def init_stage(
 
 
 _MISSING_SCORE = "score.weight is missing"
+
+
+def _unfit(directory: Path, faults: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"{directory} does not fit its config.json: {shown(faults)}. Take the config.json that was saved with it, or "
+        "fetch the files anew"
+    )
 
 
 class _Pruning:
@@ -169,7 +184,7 @@ def _blaming_the_cut(num_stages: int) -> Iterator[None]:
         if num_stages == 1:
             raise
         raise ModelError(
-            f"this model type needs all of its modules at once ({error}); set model.layout.pp to 1"
+            f"this model type needs all of its modules at once ({error}); set layout.pp and chunks to 1"
         ) from error
 
 

@@ -55,7 +55,7 @@ def check(stage: Stage) -> None:
             raise
         if PackedMask.__name__ in str(error):
             raise ModelError(f"{name} computes with its attention mask, of which packed documents have none") from error
-        cure = "; set model.layout.pp to 1" if stage.num_stages > 1 else ""
+        cure = "; set layout.pp and chunks to 1" if stage.num_stages > 1 else ""
         raise ModelError(f"{name} cannot run as stage {stage.index} of {stage.num_stages}: {error}{cure}") from error
     finally:
         for module, mode in modes.items():
@@ -90,14 +90,17 @@ def _fault_of_what_runs(stage: Stage) -> str | None:
 
 def _fault(stage: Stage) -> str | None:
     """What is wrong, as the end of a sentence that begins with the model's name."""
-    parameter = next(stage.parameters())
-    current = PackedPass(_batch(stage, parameter.device))
+    device = next(stage.parameters()).device
+    current = PackedPass(_batch(stage, device))
     num_tokens = current.batch.num_tokens
-    ids = (torch.arange(num_tokens) % stage.config.get_text_config().vocab_size)[None].to(parameter.device)  # [1, T]
+    ids = (torch.arange(num_tokens) % stage.config.get_text_config().vocab_size)[None].to(device)  # [1, T]
     source = torch.Generator().manual_seed(0)
     hidden = None
     if not stage.is_first:  # [1, T, H]
-        hidden = torch.randn(1, num_tokens, stage.hidden_size, generator=source).to(parameter).requires_grad_()
+        dtype = stage.config.dtype  # not a parameter's: its author may keep that in float32
+        assert isinstance(dtype, torch.dtype), "set when a stage is made"
+        hidden = torch.randn(1, num_tokens, stage.hidden_size, generator=source).to(device, dtype)
+        hidden.requires_grad_()
     with torch.enable_grad(), _watch(stage) as seen:
         out = stage.run(ids, current, hidden)
     if stage.num_stages > 1 and (reason := _misfit(stage, seen, out, ids, hidden)):
@@ -114,7 +117,7 @@ def _fault(stage: Stage) -> str | None:
     for name, outputs in seen.stand_ins.items():
         if _reaches(out, outputs, slice(None)):
             where = f"stage {stage.index} of {stage.num_stages}"
-            return f"needs {name} on {where}, which another stage owns; set model.layout.pp to 1"
+            return f"needs {name} on {where}, which another stage owns; set layout.pp and chunks to 1"
     return None
 
 

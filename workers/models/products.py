@@ -8,7 +8,7 @@ Shapes: n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 class float32_products(TorchFunctionMode):
     """Inside, linear modules of half precision give float32. Their gradients are of the types of what they are for, or
-    float32 for a parameter that takes such."""
+    float32 for a parameter that takes such. A layer norm in a head of several products takes and gives its own type."""
 
     def __torch_function__(
         self,
@@ -33,6 +33,8 @@ class float32_products(TorchFunctionMode):
     ) -> Any:
         if func is F.linear:
             return self._linear(*args, **(kwargs or {}))
+        if func is F.layer_norm:
+            return self._layer_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,6 +43,16 @@ class float32_products(TorchFunctionMode):
         out = _Product.apply(input, weight)
         assert isinstance(out, Tensor), "what forward gives"
         return out if bias is None else out + bias.float()
+
+    def _layer_norm(
+        self,
+        input: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return F.layer_norm(input if weight is None else input.to(weight.dtype), list(shape), weight, bias, eps)
 
 
 class _Product(torch.autograd.Function):

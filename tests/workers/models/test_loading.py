@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from trainmaster.api.errors import ConfigError, ModelError
+from trainmaster.workers.models import hf_compat
 from trainmaster.workers.models.attention import PackedBatch
 from trainmaster.workers.models.loading import init_stage, load_stage
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -141,7 +142,9 @@ def test_missing_tensor_is_named(llama_copy):
 def test_a_tensor_of_no_stage_is_named_by_all(llama_copy):
     rewrite(llama_copy, lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.ones(5)}))
     for index in range(2):
-        with pytest.raises(ModelError, match=r"model\.layers\.9\.mlp\.up_proj\.weight is of no use to the model$"):
+        with pytest.raises(
+            ModelError, match=r"json: model\.layers\.9\.mlp\.up_proj\.weight is of no use to the model\. "
+        ):
             load_stage(llama_copy, index, 2, CPU)
 
 
@@ -149,6 +152,62 @@ def test_misshapen_tensor_is_named(llama_copy):
     rewrite(llama_copy, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
     with pytest.raises(ModelError, match=r"model\.norm\.weight has shape \[5\] where the model has \[32\]"):
         load_stage(llama_copy, 1, 2, CPU)
+
+
+EXPERT = "model.layers.3.mlp.experts.{}.{}_proj.weight"
+
+
+def renamed(tensors, old, new):
+    for part in ("gate", "up", "down"):
+        tensors[EXPERT.format(new, part)] = tensors.pop(EXPERT.format(old, part))
+
+
+@pytest.mark.parametrize(
+    ("change", "faults"),
+    [
+        (lambda tensors: tensors.pop(EXPERT.format(1, "gate")), [EXPERT.format(1, "gate") + " is missing"]),
+        (lambda tensors: tensors.pop(EXPERT.format(3, "down")), [EXPERT.format(3, "down") + " is missing"]),
+        (
+            lambda tensors: tensors.update({EXPERT.format(2, "up"): torch.ones(3, 32)}),
+            [EXPERT.format(2, "up") + r" has shape \[3, 32\] where the model has \[16, 32\]"],
+        ),
+        (  # which transformers loads, the fifth as the fourth
+            lambda tensors: renamed(tensors, 3, 4),
+            [EXPERT.format(3, "down") + " is missing", EXPERT.format(4, "down") + " is of no use to the model"],
+        ),
+    ],
+    ids=["missing", "last missing", "misshapen", "shifted"],
+)
+def test_tensors_that_are_stacked_are_named_one_by_one(whole_of, tmp_path, change, faults):
+    directory = shutil.copytree(whole_of("qwen3_moe").directory, tmp_path / "experts")
+    rewrite(directory, change)
+    load_stage(directory, 0, 2, CPU)  # does not need them
+    with pytest.raises(ModelError, match=".*".join(faults)):
+        load_stage(directory, 1, 2, CPU)
+
+
+def test_what_transformers_cannot_convert_is_refused(whole_of, tmp_path, monkeypatch):
+    """As in a format that it reads and would not write, of which we do not know what must be there."""
+    directory = shutil.copytree(whole_of("qwen3_moe").directory, tmp_path / "experts")
+    rewrite(directory, lambda tensors: tensors.pop(EXPERT.format(1, "gate")))
+    monkeypatch.setattr(hf_compat, "conversion_faults", lambda model, found: [])
+    with pytest.raises(ModelError, match="experts cannot be read as a safetensors checkpoint: "):
+        load_stage(directory, 0, 1, CPU)
+
+
+def test_experts_that_are_stacked_in_the_file_are_read_as_they_are(whole_of, tmp_path):
+    directory = shutil.copytree(whole_of("qwen3_moe").directory, tmp_path / "experts")
+    state = dict(whole_of("qwen3_moe").model.state_dict())
+    rewrite(directory, lambda tensors: (tensors.clear(), tensors.update(state)))
+    loaded = load_stage(directory, 0, 1, CPU).model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_of_many_faults_the_first_are_named_and_the_rest_counted(llama_copy):
+    rewrite(llama_copy, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.1." in name])
+    rest = r"; and 5 more\. Take the config\.json that was saved with it, or fetch the files anew$"
+    with pytest.raises(ModelError, match=r"json: (model\.layers\.1\.[\w.]+ is missing(; )?){4}" + rest):
+        load_stage(llama_copy, 0, 1, CPU)
 
 
 def test_head_that_contradicts_its_tie_is_refused(whole_of, tmp_path):

@@ -1,12 +1,20 @@
 """What is refused, by name and before any work: configurations, model types, stages that the probe finds leaking."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from pipelines import Case, make_context
 from tiny_models import tiny_config
+from trainmaster.api.config import Layout, Model
 from trainmaster.api.errors import ConfigError, ModelError
+from trainmaster.api.experiments.base import PlacedModel
 from trainmaster.api.model_support import Packing, Way
+from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.models import probe
+from trainmaster.workers.models.configs import model_limits
 from trainmaster.workers.models.loading import init_stage
+from trainmaster.workers.shard import ModelShard
 
 CPU = torch.device("cpu")
 
@@ -30,6 +38,28 @@ def test_configuration(qwen2, change, field, says):
     with pytest.raises(ConfigError, match=says) as caught:
         init({**qwen2, **change})
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "field"),
+    [
+        ({"hiden_size": 32}, Layout(), "reference.config.hiden_size"),
+        ({"model_type": "qwen22"}, Layout(), "reference.config.model_type"),
+        ({"hidden_size": "32"}, Layout(), "reference.config.hidden_size"),
+        ({}, Layout(pp=5), "reference.layout.pp"),
+    ],
+)
+def test_an_error_names_the_experiments_field(qwen2, changes, layout, field):
+    model = Model(config=qwen2 | changes, tokenizer=Path("none"), layout=layout)
+    context = make_context(Case(layout=layout), 0)
+    with pytest.raises(ConfigError) as caught:
+        ModelShard(PlacedModel(model=model, field="reference"), context, ShardGroups())
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field} = ")
+    if changes:
+        with pytest.raises(ConfigError) as caught:
+            model_limits(model, "reference")
+        assert caught.value.field == field
 
 
 def test_keywords_that_transformers_translates_are_known(qwen2):
@@ -57,6 +87,15 @@ def test_a_type_that_cannot_be_cut_is_refused_on_two_stages(model_type):
     with pytest.raises(ModelError, match=f"'{model_type}' .*so it cannot be cut; set layout.pp and chunks to 1"):
         init(tiny_config(model_type), num_stages=2)
     init(tiny_config(model_type))
+
+
+def test_layers_that_are_skipped_at_random_are_refused_on_two_stages():
+    config = tiny_config("opt") | {"layerdrop": 0.2}
+    with pytest.raises(
+        ModelError, match=r"'opt' with layerdrop = 0\.2 skips layers at random.*; set layerdrop to 0, or"
+    ):
+        init(config, num_stages=2)
+    init(config)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +146,7 @@ def test_layers_that_read_embeddings_need_them_on_every_stage():
         "global_head_dim": 8,
         "num_kv_shared_layers": 0,
     }
-    with pytest.raises(ModelError, match=r"needs model\.embed_tokens on stage 1 of 3.*set model\.layout\.pp to 1"):
+    with pytest.raises(ModelError, match=r"needs model\.embed_tokens on stage 1 of 3.*set layout\.pp and chunks to 1"):
         init_stage(config, 1, 1, 3, CPU, way=Way())
     stage = init(config, num_stages=3, index=1)
     assert {name for name, _ in stage.replicated} >= {"model.embed_tokens.weight"}

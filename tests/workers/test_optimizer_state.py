@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from trainmaster.api.config import Layout, Model, Optimizer, Precision, RateSchedule
 from trainmaster.api.errors import ModelError
 from trainmaster.api.experiments.base import PlacedModel
+from trainmaster.system.service.manifest import WrittenFile, write_manifest
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.models.checkpoint import write_config, write_stage
-from trainmaster.workers.optimizer_state import FOLDER, write_state
+from trainmaster.workers.optimizer_state import FOLDER, read_state, write_state
 from trainmaster.workers.shard import ModelShard
 
 DECAYING = replace(OPTIMIZER, schedule=RateSchedule.COSINE, warmup_steps=1, decay_steps=6)
@@ -128,6 +129,19 @@ def test_a_parameter_without_a_state_of_its_shape_is_named(tmp_path):
     save_file({name: each for name, each in tensors.items() if "model.norm" not in name}, file, {"version": "2"})
     with pytest.raises(ModelError, match=r"has no state of model\.norm\.weight: it is that of another model"):
         load(first, Layout())
+
+
+def test_every_stage_hashes_the_state_that_it_reads(tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    (file,) = (first / FOLDER).iterdir()
+    written = WrittenFile(size_bytes=file.stat().st_size, sha256="0" * 64)
+    write_manifest(first, {f"{FOLDER}/{file.name}": written})
+    case = Case(layout=Layout(pp=2))
+    placed = PlacedModel(model=Model(path=first, layout=case.layout), optimizer=DECAYING, field="model")
+    for rank in range(2):
+        shard = ModelShard(placed, make_context(case, rank), ShardGroups())
+        with pytest.raises(ModelError, match=rf"{file.name} is not as it was written"):
+            read_state(shard.stages, shard.optimizer, first)
 
 
 def test_files_of_several_checkpoints_are_refused(tmp_path):

@@ -78,7 +78,10 @@ def examine(compiled: CompiledExperiment, run_directory: Path) -> Iterator[Exami
         seen.add(call.model)
         records = recording.read_all(run_directory, call.name)
         if not any(record.microbatches for record in records):
-            raise RunError(f"call {call.name} was not made in the step: it had nothing to work on")
+            raise RunError(
+                f"call {call.name} was not made in the step: it had nothing to work on; if a reward dropped all "
+                "sequences, set on_failure or drop_zero_variance so that it drops none"
+            )
         yield compare(compiled, call, records)
     if not seen:
         raise RunError(f"graph {graph.name} neither trains a model nor asks one for scores: nothing can be compared")

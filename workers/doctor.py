@@ -1,7 +1,7 @@
 """`trainmaster doctor`: does a model compute in its layout what it computes in one process?
 
-    a run of one step, in the experiment's layout, whose workers record each model's first call  (`recording`)
-    that trains or scores                                                                        |
+    a run of one step, in the experiment's layout, whose workers record each model's first call
+    that trains or scores, with made-up advantages                                               (`recording`)
     the same microbatches, of all replicas, through the whole model in this process              |
     the same tokens, sequence by sequence, through transformers' own model                       v  compared
 
@@ -157,7 +157,7 @@ def _whole_model(compiled: CompiledExperiment, call: ModelFunctionCall) -> Model
         room.take(placed.field, Need.of(torch.float32, num_parameters, 0))
     except ModelError as error:
         raise ModelError(
-            f"the doctor computes twice with the whole model on this machine's CPU, whatever the layout: run it where "
+            "the doctor computes twice with the whole model on this machine's CPU, whatever the layout: run it where "
             f"there is more memory, or examine a smaller model of the same type. It was refused here: {error}"
         ) from error
     return shard

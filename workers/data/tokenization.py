@@ -94,7 +94,7 @@ def check_vocabulary(
     vocabulary = tokenizer.get_vocab()
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     used |= {vocabulary.get(token) for token in stop_tokens}
-    aside = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special and at not in used}
+    aside = _special(tokenizer) - used
     highest, text = max((at, text) for text, at in vocabulary.items() if at not in aside)
     if highest >= num_words:
         raise ConfigError(
@@ -115,8 +115,7 @@ def check_same_tokens(
     Special tokens may have other names: fine-tuning gives a meaning to reserved ones.
     """
     mine, others = ({at: text for text, at in each.get_vocab().items()} for each in (tokenizer, other))
-    special = {at for each in (tokenizer, other) for at, token in each.added_tokens_decoder.items() if token.special}
-    for at in sorted(mine.keys() & others.keys() - special):
+    for at in sorted(mine.keys() & others.keys() - _special(tokenizer) - _special(other)):
         if mine[at] != others[at]:
             raise ConfigError(
                 field,
@@ -125,6 +124,13 @@ def check_same_tokens(
                 "model is to read",
                 f"take a model with the same tokenizer as {of_other}",
             )
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    try:
+        return {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    except NotImplementedError:  # mistral-common's
+        return set(tokenizer.all_special_ids)
 
 
 def encode_rows(

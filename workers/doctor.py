@@ -12,7 +12,6 @@ algorithm, and with transformers' own model nothing but the weights.
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +145,6 @@ def _whole_model(compiled: CompiledExperiment, call: ModelFunctionCall) -> Model
     """In this process, with room for transformers' copy beside it. Raises ModelError if there is none."""
     placed, cpu = compiled.models[call.model], torch.device("cpu")
     whole = replace(placed, model=replace(placed.model, layout=Layout()), first_rank=0)
-    gc.collect()  # the model that was examined before
     room = Room.on(cpu, 1)
     context = WorkerContext(
         rank=0, num_workers=1, device=cpu, compiled=compiled, name="doctor", address="127.0.0.1", room=room

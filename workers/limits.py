@@ -29,7 +29,7 @@ def limits_of(graph: Graph, models: Models) -> Limits:
     growth = max((settings.sampling.max_new_tokens for settings in generations), default=0)
     bounds, vocabulary = [], []
     for call in graph.model_calls:
-        context, num_words = model_limits(models[call.model].model)
+        context, num_words = _limits(models[call.model])
         bounds.append((context, f"the context of {models[call.model].field}"))
         bounds.append((call.microbatching.max_tokens, "microbatch_tokens"))
         vocabulary.append(num_words)
@@ -51,13 +51,18 @@ def check_tokens(graph: Graph, models: Models, role: str, tokenizer: PreTrainedT
         if other != directory:
             field = f"{placed.field}.tokenizer"
             check_same_tokens(load_tokenizer(other, field), tokenizer, field, models[role].field)
-        _, num_words = model_limits(placed.model)
+        _, num_words = _limits(placed)
         check_vocabulary(tokenizer, num_words, models[role].field, placed.field, stop_tokens)
         for sampled in (models[each] for each in generations):
-            if num_words < (num_sampled := model_limits(sampled.model)[1]):
+            if num_words < (num_sampled := _limits(sampled)[1]):
                 raise ConfigError(
                     f"{placed.field}.config.vocab_size" if placed.model.path is None else f"{placed.field}.path",
                     num_words if placed.model.path is None else str(placed.model.path),
                     f"its vocab_size is {num_words}, and {sampled.field} samples from {num_sampled} tokens",
                     f"take one whose vocab_size is at least that of {sampled.field}",
                 )
+
+
+def _limits(placed: PlacedModel) -> tuple[int, int]:
+    """Of one model: see `model_limits`."""
+    return model_limits(placed.model)

@@ -89,9 +89,10 @@ def check_names(directory: Path, wanted: Mapping[str, Sequence[int]]) -> None:
         )
 
 
-def read_adapters(directory: Path, names: Sequence[str], index: int, num_parts: int) -> dict[str, Tensor]:
-    """Adapters of these names, float32, in memory of their own. Files are checked first (see `integrity`)."""
-    integrity.check(directory, index, num_parts)
+def read_adapters(directory: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Adapters of these names, float32, in memory of their own. The file is checked first (see `integrity`)."""
+    integrity.check(directory)
+    integrity.check_digests(directory, [directory / WEIGHTS])
     with _opened(directory) as file:
         return {name: file.get_tensor(_PREFIX + name).float().clone() for name in names}
 

@@ -26,7 +26,7 @@ from .algorithms import inference_algorithm, training_algorithm
 from .data.microbatch import Microbatch
 from .data.store import Store
 from .pipeline.generation import Prompt, Response, Round
-from .recording import Record
+from .recording import Record, with_made_up_advantages
 from .shard import ModelShard
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def call_model(
 ) -> CallDone:
     """Runs a call on this replica's share of a minibatch, its microbatches in the order in which they are run.
 
-    `timeline`: a file that gets a line with the times of a training. `record`: takes down a training or an inference.
+    `timeline`: a file that gets a line with the times of a training. `record`: takes down a training (see
+    `recording` for what is then trained on) or an inference.
     Raises `ConfigError` for a stop token that the tokenizer has not.
     """
     outputs: Samples | None = None
@@ -59,6 +60,8 @@ def call_model(
             statistics, outputs = _generate(call, share, shard, store, tokenizer)
         case CallKind.TRAIN_STEP:
             microbatches = _microbatches(call, share, shard, store)
+            if record is not None:
+                microbatches = [with_made_up_advantages(each) for each in microbatches]
             statistics = shard.train(training_algorithm(call.settings), microbatches, timeline, record)
         case CallKind.INFERENCE:
             statistics, outputs = _infer(call, share, shard, store, record)

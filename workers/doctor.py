@@ -1,6 +1,7 @@
 """`trainmaster doctor`: does a model compute in its layout what it computes in one process?
 
-    a run of one step, in the experiment's layout, whose workers record each model's first call  (`recording`)
+    a run of one step, in the experiment's layout, whose workers record each model's first call
+    that trains or scores, with made-up advantages                                               (`recording`)
     the same microbatches, of all replicas, through the whole model in this process              |
     the same tokens, sequence by sequence, through transformers' own model                       v  compared
 
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ..api.config import Layout, Precision
-from ..api.errors import RunError
+from ..api.errors import ModelError, RunError
 from ..api.experiments.base import CompiledExperiment
 from ..api.graph import CallKind, ModelFunctionCall
 from . import recording
 from .algorithms import inference_algorithm, training_algorithm
 from .context import ShardGroups, WorkerContext
-from .memory import Room
+from .memory import Need, Room
 from .models import hf_compat
 from .recording import Record
 from .shard import ModelShard
@@ -43,8 +44,10 @@ class Finding:
     what: str
     difference: float
     """The largest, absolute; of gradients the L2 norm of the difference."""
+    size: float
+    """The reference's: its largest absolute value; of gradients the L2 norm."""
     relative: float
-    """To the reference's size (gradients: L2 norm), or to a scale below which only noise is."""
+    """To `size`, or to a scale below which only noise is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +77,21 @@ def examine(compiled: CompiledExperiment, run_directory: Path) -> Iterator[Exami
         seen.add(call.model)
         records = recording.read_all(run_directory, call.name)
         if not any(record.microbatches for record in records):
-            raise RunError(f"call {call.name} was not made in the step: it had nothing to work on")
+            raise RunError(
+                f"call {call.name} was not made in the step: it had nothing to work on; if a reward dropped all "
+                "sequences, set on_failure or drop_zero_variance so that it drops none"
+            )
         yield compare(compiled, call, records)
     if not seen:
         raise RunError(f"graph {graph.name} neither trains a model nor asks one for scores: nothing can be compared")
 
 
 def compare(compiled: CompiledExperiment, call: ModelFunctionCall, records: Sequence[Record]) -> Examination:
-    """One call's records, of all workers, with the same in this process."""
+    """One call's records, of all workers, with the same in this process.
+
+    Raises RunError for a training whose gradients are all zero, which no layout could get wrong, and for replicas that
+    differ; ModelError if the whole model does not fit on this machine.
+    """
     placed = compiled.models[call.model]
     found = _joined(records)
     shard = _whole_model(compiled, call)
@@ -89,6 +99,11 @@ def compare(compiled: CompiledExperiment, call: ModelFunctionCall, records: Sequ
     alone = Record(found.graph, call.name, 0)
     if call.kind is CallKind.TRAIN_STEP:
         shard.train(training_algorithm(call.settings), found.microbatches, record=alone)
+        if not any(gradient.any() for gradient in alone.gradients.values()):
+            raise RunError(
+                f"call {call.name}: all gradients are zero in one process, so nothing would be compared with them; "
+                "take data from which something is to be learnt"
+            )
     else:
         shard.infer(inference_algorithm(call.settings), found.microbatches, alone)
     findings = []
@@ -99,8 +114,8 @@ def compare(compiled: CompiledExperiment, call: ModelFunctionCall, records: Sequ
         _finding("logits, transformers' own", [(a.logits, b) for a, b in zip(found.outputs, theirs, strict=True)])
     )
     for name, figure in found.figures.items():
-        difference = abs(figure - alone.figures[name])
-        findings.append(Finding(name.replace("_", " "), difference, difference / max(1.0, abs(alone.figures[name]))))
+        difference, size = abs(figure - alone.figures[name]), abs(alone.figures[name])
+        findings.append(Finding(name.replace("_", " "), difference, size, difference / max(1.0, size)))
     return Examination(
         model=placed.field,
         call=call.name,
@@ -127,19 +142,23 @@ def _joined(records: Sequence[Record]) -> Record:
 
 
 def _whole_model(compiled: CompiledExperiment, call: ModelFunctionCall) -> ModelShard:
-    placed = compiled.models[call.model]
+    """In this process, with room for transformers' copy beside it. Raises ModelError if there is none."""
+    placed, cpu = compiled.models[call.model], torch.device("cpu")
     whole = replace(placed, model=replace(placed.model, layout=Layout()), first_rank=0)
-    device = torch.device("cpu")
+    room = Room.on(cpu, 1)
     context = WorkerContext(
-        rank=0,
-        num_workers=1,
-        device=device,
-        compiled=compiled,
-        name="doctor",
-        address="127.0.0.1",
-        room=Room.on(device, 1),
+        rank=0, num_workers=1, device=cpu, compiled=compiled, name="doctor", address="127.0.0.1", room=room
     )
-    return ModelShard(whole, context, ShardGroups())
+    try:
+        shard = ModelShard(whole, context, ShardGroups())
+        num_parameters = sum(parameter.numel() for parameter in shard.stage.parameters())
+        room.take(placed.field, Need.of(torch.float32, num_parameters, 0))
+    except ModelError as error:
+        raise ModelError(
+            "the doctor computes twice with the whole model on this machine's CPU, whatever the layout: run it where "
+            f"there is more memory, or examine a smaller model of the same type. It was refused here: {error}"
+        ) from error
+    return shard
 
 
 @torch.no_grad()
@@ -160,7 +179,7 @@ def _finding(what: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Finding:
     """Largest difference, and relative to the largest value; a NaN is no agreement."""
     difference = max((_largest(a.double() - b.double()) for a, b in pairs), default=0.0)
     size = max((_largest(b.double()) for _, b in pairs), default=0.0)
-    return Finding(what, difference, difference / size if size else difference)
+    return Finding(what, difference, size, difference / size if size else difference)
 
 
 def _largest(values: Tensor) -> float:
@@ -177,9 +196,10 @@ def _of_gradients(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     for name in sorted(found.keys() | wanted.keys()):
         nothing = torch.zeros((), dtype=torch.float64)
         one, other = (side.get(name, nothing).double() for side in (found, wanted))
-        distance, size = float((one - other).norm()), max(float(other.norm()), _SMALL * whole)
-        relative = distance / size if size else distance
-        findings.append(Finding(name, distance, relative if relative == relative else float("inf")))
+        distance, size = float((one - other).norm()), float(other.norm())
+        scale = max(size, _SMALL * whole)
+        relative = distance / scale if scale else distance
+        findings.append(Finding(name, distance, size, relative if relative == relative else float("inf")))
     return sorted(findings, key=lambda finding: -finding.relative)
 
 
@@ -197,9 +217,9 @@ def table(examination: Examination, with_all: bool) -> str:
     names += [(f"gradient of {each.what}", each) for each in shown]
     width = max(len(name) for name, _ in names)
     lines = [f"{examination.model}: call {examination.call}, {' '.join(axes)}, beside one process", ""]
-    lines.append(f"  {'':{width}}  largest difference  relative")
+    lines.append(f"  {'':{width}}  {'size':>8}  difference  relative")
     lines += [
-        f"  {name:{width}}  {found.difference:18.2e}  {found.relative:8.1e}"
+        f"  {name:{width}}  {found.size:8.2e}  {found.difference:10.2e}  {found.relative:8.1e}"
         + ("" if found.relative <= examination.tolerance else "  <-- over the tolerance")
         for name, found in names
     ]

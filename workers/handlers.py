@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
-from ..api.algorithms import Generation
 from ..api.experiment_file import LoadedExperiment
 from ..api.experiments.base import FedGraph
 from ..api.graph import CallKind, FunctionCall, Graph, ModelFunctionCall
@@ -44,14 +42,15 @@ from . import recording
 from .adapter_files import write_adapter_config, write_adapters
 from .calls import call_model
 from .context import ShardGroups, WorkerContext
-from .data.source import Limits, SequenceSource
+from .data.source import SequenceSource
 from .data.tokenization import check_reload, load_tokenizer
 from .data.transfer import redistribute
 from .device import pick_device, set_threads
 from .functions.calls import FunctionRunner
+from .limits import check_tokens, limits_of
 from .memory import Room
 from .models.checkpoint import write_config, write_stage
-from .models.configs import config_of, model_limits
+from .models.configs import config_of
 from .optimizer_state import write_state
 from .parallel.groups import TCPStore, host_store
 from .pipeline import measured
@@ -208,19 +207,15 @@ class Handlers:
         )
 
     def _source(self, fed: FedGraph) -> SequenceSource:
-        graph, max_tokens, vocabulary = fed.graph, sys.maxsize, sys.maxsize
-        for call in graph.model_calls:
-            placed = self._context.compiled.models[call.model]
-            context, words = model_limits(placed.model, placed.field)
-            grows = call.settings.sampling.max_new_tokens if isinstance(call.settings, Generation) else 0
-            max_tokens = min(max_tokens, context - grows, call.microbatching.max_tokens - grows)
-            vocabulary = min(vocabulary, words)
-        limits, seed = Limits(max_tokens, vocabulary), self._context.compiled.run.seed
+        graph, models = fed.graph, self._context.compiled.models
+        tokenizer = self._tokenizer_of(graph)
+        check_tokens(graph, models, graph.model_calls[0].model, tokenizer)
+        limits, seed = limits_of(graph, models), self._context.compiled.run.seed
         prompts_each = graph.sequences_per_row if "prompt" in graph.dataset_keys else None
-        return SequenceSource(fed.dataset_field, fed.dataset, self._tokenizer_of(graph), limits, seed, prompts_each)
+        return SequenceSource(fed.dataset_field, fed.dataset, tokenizer, limits, seed, prompts_each)
 
     def _tokenizer_of(self, graph: Graph) -> PreTrainedTokenizerBase:
-        """Of the graph's first model; all models of a graph read the same tokens."""
+        """Of the graph's first model; all models of a graph read the same tokens (see `limits`)."""
         return self._tokenizer(graph.model_calls[0].model)
 
     def _tokenizer(self, role: str) -> PreTrainedTokenizerBase:

@@ -56,8 +56,7 @@ def read_state(stages: Sequence[Stage], optimizer: ShardOptimizer, directory: Pa
     Raises ModelError for a directory that holds none, or another's, or is damaged, and for a parameter without a state
     of its shape.
     """
-    for stage in stages:
-        integrity.check(directory, stage.index, stage.num_stages, FOLDER)
+    integrity.check(directory, FOLDER)
     files = sorted((directory / FOLDER).glob("*.safetensors"))
     if not files:
         raise ModelError(
@@ -65,6 +64,8 @@ def read_state(stages: Sequence[Stage], optimizer: ShardOptimizer, directory: Pa
             "run.save_optimizer, or leave optimizer.state out"
         )
     kept, version = _keys_by_name(files)
+    own = {name for stage in stages for name, _ in stage.model.named_parameters()}
+    integrity.check_digests(directory, {file for name in own & kept.keys() for file in kept[name].values()})
     for stage in stages:
         for name, parameter in stage.model.named_parameters():
             if parameter not in optimizer.masters:

@@ -6,7 +6,8 @@
         gradient/model.norm.weight            of the minibatch, all replicas, before clipping; on the stage that owns it
         metadata                              the call, replica, ids of sequences, loss and gradient norm
 
-Only a call's first minibatch is recorded, on the weights with which the run began, and without dropout.
+Only a call's first minibatch is recorded, on the weights with which the run began and without dropout. Advantages are
+made up: those of real rewards may all be 0, and so would be all gradients.
 
 Shapes: T tokens of a microbatch, S sequences, V vocabulary size, k tokens whose logits are kept.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from .models.stage import Stage
 NUM_LOGITS = 32
 """k, at most: the first tokens of each microbatch. All would be too many to keep."""
 DIRECTORY = "records"
+ADVANTAGES = (1.0, -0.5)
+"""Of a microbatch's sequences, in turn: of both signs, and unequal, so that equal responses do not cancel out."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,15 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, {"record": json.dumps(told)})
+
+
+def with_made_up_advantages(microbatch: Microbatch) -> Microbatch:
+    """The microbatch as it is recorded; as it is, if nobody trains on advantages here."""
+    if (given := microbatch.keys.get("advantage")) is None:
+        return microbatch
+    places = torch.arange(len(given), device=given.device) % len(ADVANTAGES)
+    made_up = given.new_tensor(ADVANTAGES)[places]
+    return replace(microbatch, keys={**microbatch.keys, "advantage": made_up})
 
 
 def path_of(run_directory: Path, call: str, worker: int) -> Path:

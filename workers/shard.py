@@ -167,7 +167,7 @@ class ModelShard:
             merged["skipped_steps"] = Mean(total=0, weight=1)
         if record is not None and self.owns_outputs:
             figures = {name: merged[name] for name in ("loss", "gradient_norm")}
-            record.figures = {name: mean.total / mean.weight for name, mean in figures.items()}
+            record.figures = {name: mean.total / (mean.weight or 1) for name, mean in figures.items()}
         return merged
 
     def infer(

@@ -70,7 +70,7 @@ class Trained:
                 parameter.requires_grad_(self.adapters is None and self._is_trained(name, parameter))
         if self.adapters is not None:
             path, names = self.adapters.lora.path, self.adapters.shapes(stage.model)
-            values = {} if path is None else read_adapters(path, tuple(names), stage.index, stage.num_stages)
+            values = {} if path is None else read_adapters(path, tuple(names))
             self.adapters.attach(stage.model, values)
 
     def _is_trained(self, name: str, parameter: nn.Parameter) -> bool:

@@ -156,7 +156,7 @@ def test_an_exception_in_the_middle_of_a_pipeline_reaches_the_master_at_once(wor
 
 
 def test_a_token_outside_of_the_vocabulary(workbench: Workbench) -> None:
-    check_refused(workbench, "vocab_size", "train.jsonl:1", overrides=("--model.config.vocab_size", "10"))
+    check_refused(workbench, "model.tokenizer", "vocab_size of 10", overrides=("--model.config.vocab_size", "10"))
 
 
 def test_a_killed_master_is_named(workbench: Workbench) -> None:

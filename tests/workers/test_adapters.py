@@ -20,6 +20,7 @@ from trainmaster.api.experiments.sft import SFT
 from trainmaster.api.sampling import Sampling
 from trainmaster.system.preflight import check_files
 from trainmaster.system.service.adapter import CONFIG, WEIGHTS, join
+from trainmaster.system.service.manifest import WrittenFile, write_manifest
 from trainmaster.workers import adapters, recording
 from trainmaster.workers.adapter_files import write_adapter_config, write_adapters
 from trainmaster.workers.adapters import Adapters, is_adapter
@@ -370,6 +371,17 @@ def test_adapters_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(b"no")
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read as peft's adapters"):
         lone(there)
+
+
+def test_every_stage_hashes_the_adapters_that_it_reads(tmp_path: Path) -> None:
+    case = CASES["all-linear"]
+    path = save([make_shard(case, 0, None)], tmp_path)
+    written = WrittenFile(size_bytes=(path / WEIGHTS).stat().st_size, sha256="0" * 64)
+    write_manifest(path, {WEIGHTS: written})
+    case = replace(case, layout=Layout(pp=2), lora=replace(case.lora, path=path))
+    for rank in range(2):
+        with pytest.raises(ModelError, match=rf"{WEIGHTS} is not as it was written"):
+            make_shard(case, rank, None)
 
 
 def test_a_model_that_is_not_trained_may_bring_adapters(tmp_path: Path) -> None:

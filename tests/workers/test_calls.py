@@ -19,6 +19,7 @@ from trainmaster.workers.calls import call_model
 from trainmaster.workers.data.store import Store
 from trainmaster.workers.models.cache import KVCache
 from trainmaster.workers.pipeline import generation
+from trainmaster.workers.recording import Record
 from trainmaster.workers.shard import ModelShard
 from workbench import TINY_MODEL
 
@@ -78,7 +79,11 @@ def values() -> Values:
 
 
 def run(
-    made: ModelFunctionCall, values: Values, shard: ModelShard | None = None, **renamed: str
+    made: ModelFunctionCall,
+    values: Values,
+    shard: ModelShard | None = None,
+    record: Record | None = None,
+    **renamed: str,
 ) -> tuple[CallDone, Store]:
     """In two microbatches, out of a store that knows the values of `renamed` by the keys that these name."""
     store = Store()
@@ -89,7 +94,8 @@ def run(
         ]
     ).only(made.inputs)
     share = samples.split([(2, 0), (3, 1)])
-    done = call_model(made, share, shard or lone_shard(Layout(), 0), store, FakeTokenizer)  # type: ignore[arg-type]
+    shard = shard or lone_shard(Layout(), 0)
+    done = call_model(made, share, shard, store, FakeTokenizer, record=record)  # type: ignore[arg-type]
     return done, store
 
 
@@ -150,6 +156,16 @@ def test_training_may_have_two_inputs_swapped(values: Values) -> None:
     assert swapped.version == 1
     otherwise, _ = run(call(POLICY, input_remap=swap), values)
     assert otherwise.statistics["kl"] != plain.statistics["kl"]
+
+
+def test_a_recorded_training_has_advantages_that_are_not_all_zero(values: Values) -> None:
+    """Such as those of rewards that are all alike."""
+    values["advantage"] = [torch.zeros(1) for _ in LENGTHS]
+    assert run(call(LOSS), values)[0].statistics["gradient_norm"].total == 0
+    record = Record("g", "call", 0)
+    assert run(call(LOSS), values, record=record)[0].statistics["gradient_norm"].total > 0
+    assert [each.keys["advantage"].tolist() for each in record.microbatches] == [[1.0, -0.5]] * 2
+    assert all(gradient.any() for gradient in record.gradients.values())
 
 
 def test_generation_reads_and_writes_by_the_graphs_keys_and_may_swap_outputs(values: Values) -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from pipelines import GPT2, QWEN, Case, make_context, make_shard
 from trainmaster.api.config import Layout
-from trainmaster.api.errors import RunError
+from trainmaster.api.errors import ModelError, RunError
 from trainmaster.api.experiments.base import CompiledExperiment
 from trainmaster.workers import recording
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.doctor import Examination, compare, examine, table
+from trainmaster.workers.memory import Room
 from trainmaster.workers.recording import Output, Record
 
 CASE = Case(layout=Layout())
@@ -69,6 +70,29 @@ def test_a_gradient_that_is_not_there_or_no_number_is_none(side: str):
     assert not found.agrees
     assert found.gradients[0].what == "model.norm.weight"
     assert found.gradients[0].relative >= 0.999
+
+
+def test_gradients_that_are_all_zero_are_no_agreement():
+    shard, record = make_shard(CASE, 0, None), Record("train", "train", 0)
+    given = CASE.share(0, 0)
+    nothing = [replace(each, keys={"loss_mask": torch.zeros_like(each.keys["loss_mask"])}) for each in given]
+    shard.train(SupervisedFineTuning(), nothing, record=record)
+    with pytest.raises(RunError, match="call train: all gradients are zero in one process, so nothing would be comp"):
+        examined(record)
+
+
+def test_a_model_that_does_not_fit_here_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch):
+    record = recorded()
+    num_parameters = sum(each.numel() for each in make_shard(CASE, 0, None).stage.parameters())
+    for num_bytes, is_enough in ((20 * num_parameters, True), (18 * num_parameters, False), (8, False)):
+        monkeypatch.setattr(Room, "on", lambda *_, num_bytes=num_bytes: Room("here", num_bytes))
+        if is_enough:
+            assert examined(record).agrees
+            continue
+        with pytest.raises(
+            ModelError, match=r"computes twice with the whole model .* more memory.* model: [\d,]+ param"
+        ):
+            examined(record)
 
 
 def test_a_token_that_another_one_moved_is_found():

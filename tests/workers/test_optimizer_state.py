@@ -12,6 +12,7 @@ from tiny_models import tiny_config
 from trainmaster.api.config import Layout, Model, Optimizer, Precision, RateSchedule
 from trainmaster.api.errors import ModelError
 from trainmaster.api.experiments.base import PlacedModel
+from trainmaster.system.service.manifest import WrittenFile, write_manifest
 from trainmaster.workers.algorithms.sft import SupervisedFineTuning
 from trainmaster.workers.context import ShardGroups
 from trainmaster.workers.models.checkpoint import write_config, write_stage
@@ -200,6 +201,19 @@ def test_what_was_not_trained_then_is_named(tmp_path):
     write_state(some.stage, some.optimizer, some.version, first)
     with pytest.raises(ModelError, match=r"no state of model\.embed_tokens\.weight: it was .* \(trainable, lora\), or"):
         load(first, Layout())
+
+
+def test_every_stage_hashes_the_state_that_it_reads(tmp_path):
+    _, _, first = trained(QWEN, tmp_path)
+    (file,) = (first / FOLDER).iterdir()
+    written = WrittenFile(size_bytes=file.stat().st_size, sha256="0" * 64)
+    write_manifest(first, {f"{FOLDER}/{file.name}": written})
+    case = Case(layout=Layout(pp=2))
+    placed = PlacedModel(model=Model(path=first, layout=case.layout), optimizer=DECAYING, field="model")
+    for rank in range(2):
+        shard = ModelShard(placed, make_context(case, rank), ShardGroups())
+        with pytest.raises(ModelError, match=rf"{file.name} is not as it was written"):
+            read_state(shard.stages, shard.optimizer, first)
 
 
 def test_files_of_several_checkpoints_are_refused(tmp_path):

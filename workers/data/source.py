@@ -46,6 +46,8 @@ class Limits:
     """Its greatest length."""
     vocabulary: int
     """Tokens are below this."""
+    bound: str
+    """What makes the greatest length so, for errors: "1024 is the context of actor"."""
 
 
 class SequenceSource:
@@ -95,8 +97,7 @@ class SequenceSource:
                 field,
                 f"{path}:{self._rows[longest]['line']}",
                 f"this sequence has {self.lengths[longest]} tokens, over the limit of {limits.tokens} "
-                "(the smaller of the model's context and microbatch_tokens"
-                + (", less sampling.max_new_tokens)" if is_answered else ")"),
+                f"({limits.bound}{', less sampling.max_new_tokens' if is_answered else ''})",
                 "shorten or remove the row, "
                 + ("lower sampling.max_new_tokens, " if is_answered else "")
                 + "raise microbatch_tokens, or take a model with a longer context",

@@ -6,7 +6,7 @@ chat                 [up to the assistant's turn | no loss] [its turn | loss] [.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,6 +81,56 @@ def check_reload(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, f
                 f"{type(reloaded).__name__} and cuts text differently: a checkpoint would not tokenise as in training",
                 "use a tokenizer of the model's own class, or another model type (for a new model, qwen3 or llama)",
             )
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, num_words: int, field: str, reader: str, stop_tokens: Collection[str] = ()
+) -> None:
+    """The model `reader`, of `num_words` tokens, must know every token of the tokenizer of the model `field`.
+
+    A special token that begins or ends nothing may be beyond (the tokenizer of gemma3's text models has one more, for
+    images): a row that has it is refused by itself. Raises `ConfigError`.
+    """
+    vocabulary = tokenizer.get_vocab()
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    used |= {vocabulary.get(token) for token in stop_tokens}
+    aside = _special(tokenizer) - used
+    highest, text = max((at, text) for text, at in vocabulary.items() if at not in aside)
+    if highest >= num_words:
+        raise ConfigError(
+            f"{field}.tokenizer",
+            tokenizer.name_or_path,
+            f"its highest token is {highest} ({text!r}), and {reader} has a vocab_size of {num_words}: tokens 0 to "
+            f"{num_words - 1}",
+            f"use the tokenizer that belongs to the model, or, for a new model, raise {reader}.config.vocab_size to "
+            f"{highest + 1} or more",
+        )
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, field: str, of_other: str
+) -> None:
+    """A number that both know must be the same token in both. Raises `ConfigError` on `field`, the first one's.
+
+    Special tokens may have other names: fine-tuning gives a meaning to reserved ones.
+    """
+    mine, others = ({at: text for text, at in each.get_vocab().items()} for each in (tokenizer, other))
+    for at in sorted(mine.keys() & others.keys() - _special(tokenizer) - _special(other)):
+        if mine[at] != others[at]:
+            raise ConfigError(
+                field,
+                tokenizer.name_or_path,
+                f"token {at} is {mine[at]!r} here and {others[at]!r} in the tokenizer of {of_other}, whose tokens this "
+                "model is to read",
+                f"take a model with the same tokenizer as {of_other}",
+            )
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    try:
+        return {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
+    except NotImplementedError:  # mistral-common's
+        return set(tokenizer.all_special_ids)
 
 
 def encode_rows(

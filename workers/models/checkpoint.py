@@ -11,13 +11,14 @@ synced to disk before a call returns. Files are written in place: give a new dir
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from ...system.rpc.commands import ShardFile
 from ...system.service.files import digest_of, sync
@@ -99,9 +100,19 @@ def stage_tensors(stage: Stage) -> dict[str, torch.Tensor]:
     A tied head is left to its embedding, and what several stages hold to the first of them.
     """
     model, ties = stage.model, hf_compat.tied_names(stage.model)
-    left_out = hf_compat.names_not_saved(model) | set(ties)
+    left_out: set[str] = set()
     if not stage.is_first:
         left_out |= set(ties.values()) | {name for name, _ in stage.replicated}
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in left_out}
-    saved = hf_compat.checkpoint_format(model, tensors)
-    return {name: tensor.cpu().contiguous() for name, tensor in saved.items()}
+    return {name: tensor.cpu().contiguous() for name, tensor in _in_checkpoint(model, left_out).items()}
+
+
+def names_in_checkpoint(model: PreTrainedModel) -> set[str]:
+    """Of the tensors that a stage's model takes from a checkpoint; it may be on the meta device."""
+    return set(_in_checkpoint(model))
+
+
+def _in_checkpoint(model: PreTrainedModel, left_out: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """A model's tensors, less these, as they stand in a checkpoint, where one that is tied to another is not."""
+    never = hf_compat.names_not_saved(model) | set(hf_compat.tied_names(model)) | set(left_out)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in never}
+    return hf_compat.checkpoint_format(model, tensors)

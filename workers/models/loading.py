@@ -22,9 +22,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...api.errors import ModelError
 from ...api.hub import directory_of
 from ...api.model_support import Packing, Way, support_table
+from ...system.service.manifest import read_manifest
 from ..seeding import seed_of
 from . import attention, hf_compat, integrity, probe
-from .checkpoint import shown, tensor_shapes
+from .checkpoint import names_in_checkpoint, shown, tensor_shapes
 from .configs import config_from_directory, config_from_keywords
 from .cut import Absent, Cut, prune, replace_head
 from .stage import Head, Stage
@@ -61,9 +62,16 @@ def load_stage(
     with hf_compat.quiet():
         directory = directory_of(path)
         config = config_from_directory(directory)
-        integrity.check(directory, index, num_stages)
+        integrity.check(directory)
+
+        def admit_and_hash(pruned: PreTrainedModel) -> None:
+            if admit is not None:
+                admit(pruned)
+            if read_manifest(directory):
+                integrity.check_digests(directory, integrity.files_with(directory, names_in_checkpoint(pruned)))
+
         is_language_model = not any("ForSequenceClassification" in name for name in config.architectures or ())
-        pruning = _Pruning(config, index, num_stages, head, way, survey, admit)
+        pruning = _Pruning(config, index, num_stages, head, way, survey, admit_and_hash)
         try:
             shapes = tensor_shapes(directory)
 

@@ -36,7 +36,8 @@ def source(
     prompts_each: int | None = None,
     **fields,
 ) -> SequenceSource:
-    limits = Limits(tokens=max_tokens, vocabulary=len(tokenizer) if vocabulary is None else vocabulary)
+    words = len(tokenizer) if vocabulary is None else vocabulary
+    limits = Limits(tokens=max_tokens, vocabulary=words, bound=f"{max_tokens} is the context of model")
     return SequenceSource(name, Dataset(path=path, **fields), tokenizer, limits, seed, prompts_each)
 
 

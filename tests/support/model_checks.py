@@ -7,6 +7,7 @@
     save        what all stages write: the names and the bits of save_pretrained's, and whole when read again
 
 The other side is a model of transformers' own, uncut and with its own attention, that is given one document at a time.
+Switches of a type's configuration, the tie of its embeddings among them, are tried one by one, with all but `split`.
 A check raises `Differs`. It takes its stages from a function, so that tests can hand it broken ones.
 
 Shapes: T tokens of a row, V vocabulary size.
@@ -20,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,7 +53,9 @@ LEAK = 1e-6
 """How far an output may move when another document changes: grouped products of experts round differently."""
 NO_CACHE = "has no cached decode where it runs one sequence a call"
 MakeStages = Callable[[int], list[Stage]]
-"""Fresh stages, as many as asked for."""
+"""Stages, as many as asked for. Checks leave nothing in them but gradients."""
+
+Check = Callable[[MakeStages, "Reference"], None]
 
 
 class Differs(Exception):
@@ -167,6 +170,8 @@ def check_packed(make: MakeStages, reference: Reference, num_stages: int) -> Non
 def check_gradients(make: MakeStages, reference: Reference, num_stages: int) -> None:
     """Of every parameter, over all microbatches."""
     stages = make(num_stages)
+    for stage in stages:
+        stage.zero_grad()
     for microbatch in reference.microbatches:
         _train_on(stages, microbatch)
     copies: dict[str, list[nn.Parameter]] = {}
@@ -263,6 +268,15 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
                 raise Differs(f"reads {name} again with other bits")
 
 
+CHECKS = {
+    Column.PACKED: check_packed,
+    Column.GRADIENTS: check_gradients,
+    Column.SAVE: check_save,
+    Column.DECODE: check_decode,
+}
+"""Those of one number of stages."""
+
+
 def _logits(stages: list[Stage], row: Tensor, lengths: tuple[int, ...]) -> Tensor:
     batch, hidden = PackedBatch(lengths, CPU), None
     for stage in stages:
@@ -309,7 +323,7 @@ def measure(model_type: str, with_switches: bool = True) -> Support:
             best = replace(without, unless={name: (not configs[0].get(name, False), reason)})
         if best.way is None or not with_switches:
             return best
-        return replace(best, unless={**best.unless, **dict(_wrong_switches(best, configs[0]))})
+        return replace(best, unless={**best.unless, **dict(wrong_switches(best, configs[0]))})
 
 
 def _one_switch(configs: Sequence[dict[str, Any]]) -> str | None:
@@ -335,52 +349,63 @@ def _best_way(model_type: str, references: Sequence[Reference]) -> Support:
 
 def _measure_way(model_type: str, way: Way, references: Sequence[Reference]) -> Support:
     fails: dict[Column, str] = {}
+    makers = [_stages_of(reference, way) for reference in references]
 
-    def passes(column: Column, check: Callable[[MakeStages, Reference], None]) -> bool:
-        for reference in references:
-            try:
-                check(partial(load_all, reference.directory, way=way), reference)
-            except Differs as error:
-                fails[column] = error.reason
-                print(model_type, way, column, error)
-            except TrainmasterError as error:
-                fails[column] = _reason(error, model_type, column)
-            except Exception as error:  # noqa: BLE001  (foreign code, given what it does not expect)
-                fails[column] = f"raises {type(error).__name__} in the check of {column}"
-            if column in fails:
+    def passes(column: Column, check: Check) -> bool:
+        for make, reference in zip(makers, references, strict=True):
+            if (fault := _fault(column, check, make, reference)) is not None:
+                fails[column] = fault
                 return False
         return True
 
     num_stages = 2 if passes(Column.SPLIT, check_split) else 1
-    for column, check in (
-        (Column.PACKED, check_packed),
-        (Column.GRADIENTS, check_gradients),
-        (Column.SAVE, check_save),
-    ):
-        if not passes(column, partial(check, num_stages=num_stages)):
+    for column, check in CHECKS.items():
+        if column is Column.DECODE and way.packing is Packing.ALONE:
+            fails[column] = NO_CACHE
+        elif not passes(column, partial(check, num_stages=num_stages)) and column is not Column.DECODE:
             return Support(model_type, None, fails[column])
-    if way.packing is Packing.ALONE:
-        fails[Column.DECODE] = NO_CACHE
-    else:
-        passes(Column.DECODE, partial(check_decode, num_stages=num_stages))
     return Support(model_type, way, fails=fails)
 
 
-def _wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[str, tuple[bool, str]]]:
-    """Those that the type takes, and that make packed outputs wrong."""
+def wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Those that the type takes, and with which a check fails that passes without, at one number of stages."""
+    num_stages = 2 if support.passes(Column.SPLIT) else 1
+    assert support.way is not None, "what does not run is not tried with switches"
     for name, value in flipped(config):
         with TemporaryDirectory() as folder:
             try:
                 reference = make_reference(flip(config, name, value), Path(folder))
-            except Exception:  # noqa: BLE001  (any refusal by foreign code: such a model cannot be made at all)
+            except Exception as error:  # noqa: BLE001  (any refusal by foreign code: there is no such model)
+                print(support.model_type, name, value, "cannot be made:", type(error).__name__, str(error)[:80])
                 continue
-            num_stages = 2 if support.passes(Column.SPLIT) else 1
-            try:
-                check_packed(partial(load_all, reference.directory, way=support.way), reference, num_stages)
-            except Differs as error:
-                yield name, (value, error.reason)
-            except TrainmasterError as error:
-                yield name, (value, _reason(error, support.model_type, Column.PACKED))
+            make = _stages_of(reference, support.way)
+            for column, check in CHECKS.items():
+                if column is Column.DECODE and not support.passes(column):
+                    continue
+                fault = _fault(column, partial(check, num_stages=num_stages), make, reference)
+                if fault is not None:
+                    yield name, (value, fault)
+                    break
+
+
+def _stages_of(reference: Reference, way: Way) -> MakeStages:
+    """Made once for each number."""
+    return cache(partial(load_all, reference.directory, way=way))
+
+
+def _fault(column: Column, check: Check, make: MakeStages, reference: Reference) -> str | None:
+    """Why a check does not pass, for the table; None if it does."""
+    model_type = reference.model.config.model_type
+    try:
+        check(make, reference)
+    except Differs as error:
+        print(model_type, column, error)
+        return error.reason
+    except TrainmasterError as error:
+        return _reason(error, model_type, column)
+    except Exception as error:  # noqa: BLE001  (foreign code, given what it does not expect)
+        return f"raises {type(error).__name__} in the check of {column}"
+    return None
 
 
 def _reason(error: TrainmasterError, model_type: str, column: Column) -> str:

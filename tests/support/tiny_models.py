@@ -242,7 +242,7 @@ _OTHER_PARTS = re.compile(
 )
 _ASIDE = {
     "add_cross_attention", "is_decoder", "is_encoder_decoder",  # what `BY_TYPE` sets
-    "use_cache", "output_router_logits", "tie_word_embeddings",  # no matter of a pass
+    "use_cache",  # which every call says anew
     "use_mamba_kernels", "use_mambapy", "use_associative_scan", "use_mem_eff_path",  # kernels for a device
     "summary_use_proj", "summary_proj_to_labels",  # other tasks
 }  # fmt: skip
@@ -306,7 +306,8 @@ def flipped(config: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """Switches of the type's own, and what the configuration does not have them at."""
     config_class = CONFIG_MAPPING[config["model_type"]]
     for name, each in config_class.__dataclass_fields__.items():
-        if isinstance(each.default, bool) and name not in PretrainedConfig.__dataclass_fields__ and name not in _ASIDE:
+        is_switch = isinstance(each.default, bool) or (each.default is None and str(each.type) == "bool | None")
+        if is_switch and name not in PretrainedConfig.__dataclass_fields__ and name not in _ASIDE:
             yield name, not config.get(name, each.default)
 
 

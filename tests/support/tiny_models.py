@@ -95,6 +95,15 @@ SIZES: dict[str, Any] = {
     "ssm_state_size": 8,
     "mamba_expand": 2,
     "lru_width": 32,
+    # factors and caps that do nothing, or next to nothing, at their usual values
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap"), 2.0),
+    **dict.fromkeys(("moe_router_logit_softcapping", "swiglu_limit"), 1.0),
+    **dict.fromkeys(("routed_scaling_factor", "moe_routed_scaling_factor", "route_scale", "embedding_multiplier"), 3.0),
+    **dict.fromkeys(("attention_multiplier", "residual_multiplier", "logit_scale", "lm_head_multiplier"), 0.5),
+    **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"), 0.5),
+    **dict.fromkeys(("ssm_in_multiplier", "ssm_out_multiplier", "attention_value_scale", "clip_qkv"), 0.5),
+    **dict.fromkeys(("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor"), 2.0),
+    "logits_scaling": 0.25,
     # others
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 64,

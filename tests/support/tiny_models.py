@@ -30,6 +30,9 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "sliding_window": 8,
     "attention_chunk_size": 8,
+    "local_attention": 16,
+    "floor_scale": 4,
+    "log_scaling_n_floor": 4,
     "n_embd": 32,
     "n_layer": NUM_LAYERS,
     "n_head": 4,
@@ -80,6 +83,7 @@ SIZES: dict[str, Any] = {
     "index_n_heads": 4,
     "index_head_dim": 8,
     "index_topk": 8,
+    "index_topk_blocks": 2,
     # recurrences
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -95,6 +99,7 @@ SIZES: dict[str, Any] = {
     "ssm_state_size": 8,
     "mamba_expand": 2,
     "lru_width": 32,
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size", "index_block_size"), 8),
     # factors and caps that do nothing, or next to nothing, at their usual values
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap"), 2.0),
     **dict.fromkeys(("moe_router_logit_softcapping", "swiglu_limit"), 1.0),

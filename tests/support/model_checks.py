@@ -16,17 +16,15 @@ Shapes: T tokens of a row, V vocabulary size.
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from safetensors.torch import load_file
@@ -140,7 +138,7 @@ def check_split(make: MakeStages, reference: Reference) -> None:
         stages = make(num_stages)
         with torch.no_grad():
             for microbatch in reference.microbatches:
-                alone = [_logits(stages, document, (document.shape[1],)) for document in microbatch.documents]
+                alone = [logits_of(stages, document, (document.shape[1],)) for document in microbatch.documents]
                 _assert_close(torch.cat(alone, 1), microbatch.logits, f"outputs of {num_stages} stages")
 
 
@@ -152,14 +150,14 @@ def check_packed(make: MakeStages, reference: Reference, num_stages: int) -> Non
     with torch.no_grad():
         for microbatch in reference.microbatches:
             row, lengths = microbatch.row, microbatch.lengths
-            packed = _logits(stages, row, lengths)
+            packed = logits_of(stages, row, lengths)
             _assert_close(packed, microbatch.logits, "outputs of packed documents")
             ends = torch.tensor(lengths).cumsum(0).tolist()
             for start, end in zip([0, *ends], ends, strict=False):
                 for first in {start, (start + end) // 2}:  # a whole document, and its second half
                     other = row.clone()
                     other[:, first:end] = 3 + (other[:, first:end] + 4) % 57  # every token is another one
-                    moved = (_logits(stages, other, lengths) - packed).abs().amax(-1)[0] / packed.abs().max()
+                    moved = (logits_of(stages, other, lengths) - packed).abs().amax(-1)[0] / packed.abs().max()
                     if moved[first:end].max() <= LEAK:
                         raise Differs("gives outputs that do not depend on the tokens of their own document")
                     if not bool((moved[start:first] <= LEAK).all()):  # NaN fails, too
@@ -236,6 +234,20 @@ def check_decode(make: MakeStages, reference: Reference, num_stages: int) -> Non
         step([1])
         for _ in range(4):
             step([0])
+        step([], [(3, 21)])  # all end, and another joins
+        step([0], [(0, 4), (1, 4)])  # one goes on: all rows that decode are equally long
+
+
+def write_checkpoint(stages: list[Stage], directory: Path) -> None:
+    """What the processes of all stages and the master do together."""
+    files = [write_stage(stage, directory) for stage in stages]
+    write_config(stages[0], directory)
+    weight_map = {name: file.file for file in files for name in file.tensors}
+    if len(weight_map) != sum(len(file.tensors) for file in files):
+        raise Differs("saves a tensor twice")
+    index = {"metadata": {"total_size": sum(file.size_bytes for file in files)}, "weight_map": weight_map}
+    if len(stages) > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
@@ -243,25 +255,15 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
     stages = make(num_stages)
     with TemporaryDirectory() as written:
         directory = Path(written)
-        files = [write_stage(stage, directory) for stage in stages]
-        write_config(stages[0], directory)
-        names = [name for file in files for name in file.tensors]
-        if len(set(names)) != len(names):
-            raise Differs("saves a tensor twice")
-        tensors = {name: tensor for file in files for name, tensor in load_file(directory / file.file).items()}
-        saved = {
-            name: tensor
-            for file in reference.directory.glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-        }
+        write_checkpoint(stages, directory)
+        tensors, saved = (
+            {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+            for folder in (directory, reference.directory)
+        )
         _assert_names("saved tensors", tensors, saved)
         for name, tensor in saved.items():
             if not torch.equal(tensors[name], tensor):
                 raise Differs(f"saves {name} with other bits")
-        weight_map = {name: file.file for file in files for name in file.tensors}
-        index = {"metadata": {"total_size": sum(file.size_bytes for file in files)}, "weight_map": weight_map}
-        if num_stages > 1:
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         with hf_compat.quiet():
             reread = type(reference.model).from_pretrained(directory, dtype=torch.float32)
         found = reread.state_dict()
@@ -279,7 +281,8 @@ CHECKS = {
 """Those of one number of stages."""
 
 
-def _logits(stages: list[Stage], row: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def logits_of(stages: list[Stage], row: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """[1, T, V] of packed documents, row [1, T], in one autograd graph."""
     batch, hidden = PackedBatch(lengths, CPU), None
     for stage in stages:
         hidden = stage(row, batch, hidden)
@@ -351,7 +354,7 @@ def _best_way(model_type: str, references: Sequence[Reference]) -> Support:
 
 def _measure_way(model_type: str, way: Way, references: Sequence[Reference]) -> Support:
     fails: dict[Column, str] = {}
-    makers = [_stages_of(reference, way) for reference in references]
+    makers = [stages_of(reference, way) for reference in references]
 
     def passes(column: Column, check: Check) -> bool:
         for make, reference in zip(makers, references, strict=True):
@@ -380,7 +383,7 @@ def wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[s
             except Exception as error:  # noqa: BLE001  (any refusal by foreign code: there is no such model)
                 print(support.model_type, name, value, "cannot be made:", type(error).__name__, str(error)[:80])
                 continue
-            make = _stages_of(reference, support.way)
+            make = stages_of(reference, support.way)
             for column, check in CHECKS.items():
                 if column is Column.DECODE and not support.passes(column):
                     continue
@@ -388,11 +391,6 @@ def wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[s
                 if fault is not None:
                     yield name, (value, fault)
                     break
-
-
-def _stages_of(reference: Reference, way: Way) -> MakeStages:
-    """Made once for each number."""
-    return cache(partial(load_all, reference.directory, way=way))
 
 
 def _fault(column: Column, check: Check, make: MakeStages, reference: Reference) -> str | None:
@@ -417,6 +415,11 @@ def _reason(error: TrainmasterError, model_type: str, column: Column) -> str:
         parts = {Column.SPLIT: "from hidden states alone", Column.PACKED: "on documents in one row"}
         return f"cannot run {parts.get(column, 'as a stage')}"
     return re.sub(r"^[A-Z]\w+ (?=[a-z])", "", reason)  # the name of a class
+
+
+def stages_of(reference: Reference, way: Way) -> MakeStages:
+    """Made once for each number."""
+    return functools.cache(partial(load_all, reference.directory, way=way))
 
 
 def load_all(directory: Path, num_stages: int, way: Way | None) -> list[Stage]:

@@ -7,10 +7,13 @@ that its source names, and the rest from `BY_TYPE`. `missing_kinds` tells what a
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel

@@ -18,7 +18,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gpt_oss": {},
     "qwen3_moe": {},
     "deepseek_v3": {},
-    "llama4_text": {"attn_temperature_tuning": False},  # which no row can have, whatever the kind of attention
+    "llama4_text": {},
     "opt": {},
 }
 CONFIGS: dict[str, dict[str, Any]] = {name: tiny_config(name) | change for name, change in _CHANGES.items()}

@@ -34,7 +34,6 @@ SIZES: dict[str, Any] = {
     "sliding_window": 8,
     "attention_chunk_size": 8,
     "local_attention": 16,
-    "floor_scale": 4,
     "log_scaling_n_floor": 4,
     "n_embd": 32,
     "n_layer": NUM_LAYERS,

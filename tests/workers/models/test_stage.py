@@ -172,6 +172,23 @@ def test_a_long_sequence_changes_the_rotary_embedding_of_no_other():
     assert limits == (8, 64)
 
 
+def test_a_long_row_does_not_change_the_temperature_of_attention(tmp_path):
+    """transformers takes a token's place in the call for its position."""
+    config = tiny_config("llama4_text") | {"floor_scale": 24}
+    reference = make_reference(config, tmp_path)  # whose second microbatch is of 12 and 9 tokens
+    stage, row = load_stage(tmp_path, 0, 1, CPU).eval(), reference.microbatches[1].row
+    assert_close(logits_of([stage], row, (12, 9)), reference.microbatches[1].logits)
+    longer = torch.cat([row, row[:, :9]], 1)
+    with torch.no_grad():
+        alone = reference.model(input_ids=longer, use_cache=False).logits
+    assert_close(logits_of([stage], longer, (30,)), alone)  # one sequence has the places that it would have alone
+    with pytest.raises(ModelError, match=r"a row of 24 tokens: with attn_temperature_tuning, places .* beyond 23 would"):
+        stage(longer[:, :24], PackedBatch((12, 12), CPU))
+    with pytest.raises(ModelError, match="a row of 24 tokens"):
+        stage.run(longer[:, :24], PackedPass.prefill(KVCache(1, 24), (24,), CPU))
+    assert model_limits(Model(config=config, tokenizer=Path("none"))) == (23, 64)
+
+
 def test_one_sequence_a_call_equals_the_whole_model(tmp_path):
     """A hybrid of convolutions and attention, in microbatches of several sequences, and over stages."""
     reference = make_reference(tiny_config("lfm2"), tmp_path)

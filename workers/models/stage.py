@@ -138,7 +138,7 @@ class Stage(nn.Module):
         if limit is not None and num_tokens > limit and not is_alone:
             raise ModelError(
                 f"a row of {num_tokens} tokens: with attn_temperature_tuning, places in a row beyond {limit} would "
-                "count for positions in a sequence; use more microbatches, or shorter sequences"
+                f"count for positions in a sequence; set microbatch_tokens to {limit} or less"
             )
 
     def _run_alone(self, ids: Tensor, current: PackedPass, hidden: Tensor | None) -> Tensor:

@@ -40,13 +40,12 @@ CHECKS = {
     "decode": partial(check_decode, num_stages=2),
     "save": partial(check_save, num_stages=2),
 }
-FAST = ("llama", "qwen3", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss", "lfm2")
+FAST = ("llama", "qwen3", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss", "lfm2", "minimax_m3_vl_text")
 
 
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    config = tiny_models.tiny_config("qwen2") | {"tie_word_embeddings": True}
-    return make_reference(config, tmp_path_factory.mktemp("qwen2"))
+@pytest.fixture
+def qwen2(whole_of: Callable[[str], Reference]) -> Reference:
+    return whole_of("qwen2")
 
 
 @cache
@@ -293,6 +292,14 @@ def test_switches_that_are_refused_are_not_at_what_is_usual():
     for name, support in support_table().types.items():
         for switch, (value, _) in support.unless.items():
             assert CONFIG_MAPPING[name].__dataclass_fields__[switch].default is not value, (name, switch)
+
+
+def test_switches_are_whatever_a_configuration_turns_on_or_off():
+    assert dict(tiny_models.flipped(tiny_models.tiny_config("gemma2"))) == {
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_bidirectional_attention": True,  # which is None otherwise
+    }
 
 
 def test_a_reference_is_the_same_each_time(tmp_path: Path):

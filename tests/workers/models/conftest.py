@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_checks
 import pytest
 import torch
 from architectures import CONFIGS, MODEL_TYPES
 from model_checks import MakeStages, Reference, make_reference, stages_of
 from trainmaster.api.model_support import Way
+from trainmaster.workers.models.stage import Stage
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -68,3 +70,9 @@ def config(model_type: str) -> dict[str, Any]:
 @pytest.fixture
 def qwen2() -> dict[str, Any]:
     return CONFIGS["qwen2"]
+
+
+@pytest.fixture
+def write_checkpoint() -> Callable[[list[Stage], Path], None]:
+    """What the processes of all stages and the master do together."""
+    return model_checks.write_checkpoint

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from model_checks import check_save, write_checkpoint
+from model_checks import check_save
 from safetensors import safe_open
 from trainmaster.workers.models.checkpoint import write_config, write_stage
 from trainmaster.workers.models.loading import init_stage, load_stage
@@ -16,7 +16,7 @@ def test_a_round_trip_through_stages_changes_nothing(whole, make_stages, num_sta
     check_save(make_stages, whole, num_stages)
 
 
-def test_what_was_initialised_can_be_written_and_cut_anew(config, tmp_path):
+def test_what_was_initialised_can_be_written_and_cut_anew(config, write_checkpoint, tmp_path):
     drawn = [init_stage(config, 7, index, 2, CPU) for index in range(2)]
     write_checkpoint(drawn, tmp_path)
     wanted = {name: p for stage in drawn for name, p in stage.model.named_parameters()}

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from architectures import CONFIGS
-from model_checks import write_checkpoint
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 from trainmaster.api.errors import ModelError
@@ -37,7 +36,7 @@ def load_scalar(path, num_stages, seed=0):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_reward_model_is_what_transformers_reads(model_type, tmp_path):
+def test_a_reward_model_is_what_transformers_reads(model_type, write_checkpoint, tmp_path):
     config = tiny_config(model_type)
     stages = [init_stage(config, 5, index, 2, CPU, head=Head.SCALAR) for index in range(2)]
     write_checkpoint(stages, tmp_path)
@@ -55,7 +54,7 @@ def test_a_reward_model_is_what_transformers_reads(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_what_was_written_is_read_in_any_cut(model_type, tmp_path):
+def test_what_was_written_is_read_in_any_cut(model_type, write_checkpoint, tmp_path):
     write_checkpoint([init_stage(tiny_config(model_type), 5, 0, 1, CPU, head=Head.SCALAR)], tmp_path)
     wanted = values([stage.eval() for stage in load_scalar(tmp_path, 1)])
     for num_stages in (2, 4):
@@ -92,7 +91,7 @@ def test_the_rest_is_the_language_models(whole_of):
             assert name == "score.weight" or torch.equal(parameter, weights[name])
 
 
-def test_a_reward_model_without_its_score_is_refused(tmp_path):
+def test_a_reward_model_without_its_score_is_refused(write_checkpoint, tmp_path):
     stages = [init_stage(tiny_config("llama"), 5, index, 2, CPU, head=Head.SCALAR) for index in range(2)]
     write_checkpoint(stages, tmp_path)
     shutil.copy(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors")
@@ -122,7 +121,7 @@ def test_the_head_that_is_not_there_is_not_asked():
         language.values(hidden)
 
 
-def test_saved_names_are_those_of_the_type(tmp_path):
+def test_saved_names_are_those_of_the_type(tmp_path, write_checkpoint):
     stage = init_stage(tiny_config("gpt2"), 1, 0, 1, CPU, head=Head.SCALAR)
     write_checkpoint([stage], tmp_path)
     names = load_file(tmp_path / "model.safetensors")

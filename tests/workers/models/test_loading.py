@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_checks import write_checkpoint
 from safetensors.torch import load_file, save_file
 from trainmaster.api.errors import ConfigError, ModelError
 from trainmaster.workers.models.attention import PackedBatch
@@ -104,7 +103,7 @@ def test_loading_and_initialising_are_silent(whole, config, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_repository_in_the_cache_is_read_by_its_name(qwen2, tmp_path, monkeypatch):
+def test_a_repository_in_the_cache_is_read_by_its_name(qwen2, write_checkpoint, tmp_path, monkeypatch):
     """A snapshot of several files, as `hf download` leaves it: links to blobs."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     written = [init_stage(qwen2, 7, index, 3, CPU) for index in range(3)]

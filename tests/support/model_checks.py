@@ -89,6 +89,8 @@ class Microbatch:
 class Reference:
     """A whole model by transformers, and what it gives."""
 
+    config: Mapping[str, Any]  # values are those of a foreign class
+    """Keywords, `model_type` among them."""
     model: PreTrainedModel
     directory: Path
     """What its save_pretrained wrote."""
@@ -113,7 +115,7 @@ def make_reference(config: Mapping[str, Any], directory: Path) -> Reference:  # 
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     module.weight[module.padding_idx] = 0  # as transformers has it after loading
         model.eval().save_pretrained(directory)
-        reference = Reference(model, directory)
+        reference = Reference(config, model, directory)
         for lengths in MICROBATCHES:
             documents = [torch.randint(3, 60, (1, length)) for length in lengths]
             logits = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in documents], 1)

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from architectures import CONFIGS
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 from trainmaster.api.errors import ModelError
@@ -75,7 +74,7 @@ def test_a_language_model_gets_a_score_that_depends_on_the_seed_alone(whole_of):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.std() > 0
-    drawn = init_stage(CONFIGS["llama"], 7, 0, 1, CPU, head=Head.SCALAR).model.score.weight
+    drawn = init_stage(whole_of("llama").config, 7, 0, 1, CPU, head=Head.SCALAR).model.score.weight
     assert torch.equal(first, drawn)
 
 

@@ -16,7 +16,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gemma2": {},
     "gpt_oss": {},
-    "qwen3_moe": {},
+    "qwen3_moe": {"mlp_only_layers": []},
     "deepseek_v3": {},
     "llama4_text": {},
     "opt": {},

@@ -45,9 +45,10 @@ def test_that_is_so_for_every_kind_of_attention(whole_of, stages_in_rows, monkey
         kinds.update({"sinks"} if scores.sinks is not None else ())
         return attend(query, key, value, seen, scores)
 
+    models = [stages_in_rows(whole_of(model_type))(1) for model_type in MODEL_TYPES]
     monkeypatch.setattr(attention, "attend", watched)
-    for model_type in MODEL_TYPES:
-        logits_of(stages_in_rows(whole_of(model_type))(1), torch.arange(20)[None] + 3, (20,))
+    for stages in models:
+        logits_of(stages, torch.arange(20)[None] + 3, (20,))
     heads = {"plain heads", "grouped heads", "latent heads"}
     assert kinds == {"all before", "sliding window", "chunk", "softcap", "sinks"} | heads
 

@@ -68,7 +68,7 @@ class Support:
     fails: Mapping[Column, str] = field(default_factory=dict)
     """Columns that did not pass, with the reason as the end of a sentence that begins with the type."""
     unless: Mapping[str, tuple[bool, str]] = field(default_factory=dict)
-    """Switches of its configuration, each with the value at which outputs were wrong, and the reason."""
+    """Switches of its configuration, each with the value with which something did not pass, and the reason."""
 
     def passes(self, column: Column) -> bool:
         return self.way is not None and column not in self.fails

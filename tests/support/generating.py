@@ -146,7 +146,7 @@ def compute(model_type, directory):
     with torch.random.fork_rng(devices=[]), hf_compat.quiet():
         torch.manual_seed(1)
         attention = "eager" if model_type == "gemma2" else "sdpa"
-        config = AutoConfig.for_model(model_type, **CONFIGS[model_type])
+        config = AutoConfig.for_model(**CONFIGS[model_type])
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # so that responses vary

@@ -7,6 +7,7 @@
     save        what all stages write: the names and the bits of save_pretrained's, and whole when read again
 
 The other side is a model of transformers' own, uncut and with its own attention, that is given one document at a time.
+Switches of a type's configuration, the tie of its embeddings among them, are tried one by one, with all but `split`.
 A check raises `Differs`. It takes its stages from a function, so that tests can hand it broken ones.
 
 Shapes: T tokens of a row, V vocabulary size.
@@ -15,8 +16,8 @@ Shapes: T tokens of a row, V vocabulary size.
 from __future__ import annotations
 
 import copy
+import functools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from safetensors.torch import load_file
@@ -52,7 +51,9 @@ LEAK = 1e-6
 """How far an output may move when another document changes: grouped products of experts round differently."""
 NO_CACHE = "has no cached decode where it runs one sequence a call"
 MakeStages = Callable[[int], list[Stage]]
-"""Fresh stages, as many as asked for."""
+"""Stages, as many as asked for. Checks leave nothing in them but gradients."""
+
+Check = Callable[[MakeStages, "Reference"], None]
 
 
 class Differs(Exception):
@@ -88,6 +89,8 @@ class Microbatch:
 class Reference:
     """A whole model by transformers, and what it gives."""
 
+    config: Mapping[str, Any]  # values are those of a foreign class
+    """Keywords, `model_type` among them."""
     model: PreTrainedModel
     directory: Path
     """What its save_pretrained wrote."""
@@ -112,7 +115,7 @@ def make_reference(config: Mapping[str, Any], directory: Path) -> Reference:  # 
                 if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                     module.weight[module.padding_idx] = 0  # as transformers has it after loading
         model.eval().save_pretrained(directory)
-        reference = Reference(model, directory)
+        reference = Reference(config, model, directory)
         for lengths in MICROBATCHES:
             documents = [torch.randint(3, 60, (1, length)) for length in lengths]
             logits = torch.cat([model(input_ids=ids, use_cache=False).logits for ids in documents], 1)
@@ -137,24 +140,26 @@ def check_split(make: MakeStages, reference: Reference) -> None:
         stages = make(num_stages)
         with torch.no_grad():
             for microbatch in reference.microbatches:
-                alone = [_logits(stages, document, (document.shape[1],)) for document in microbatch.documents]
+                alone = [logits_of(stages, document, (document.shape[1],)) for document in microbatch.documents]
                 _assert_close(torch.cat(alone, 1), microbatch.logits, f"outputs of {num_stages} stages")
 
 
 def check_packed(make: MakeStages, reference: Reference, num_stages: int) -> None:
     """Documents in one row."""
+    if any(getattr(module, "is_causal", True) is False for module in reference.model.modules()):
+        raise Differs("is not causal: its tokens see later ones")  # eager attention knows of nothing but its mask
     stages = make(num_stages)
     with torch.no_grad():
         for microbatch in reference.microbatches:
             row, lengths = microbatch.row, microbatch.lengths
-            packed = _logits(stages, row, lengths)
+            packed = logits_of(stages, row, lengths)
             _assert_close(packed, microbatch.logits, "outputs of packed documents")
             ends = torch.tensor(lengths).cumsum(0).tolist()
             for start, end in zip([0, *ends], ends, strict=False):
                 for first in {start, (start + end) // 2}:  # a whole document, and its second half
                     other = row.clone()
                     other[:, first:end] = 3 + (other[:, first:end] + 4) % 57  # every token is another one
-                    moved = (_logits(stages, other, lengths) - packed).abs().amax(-1)[0] / packed.abs().max()
+                    moved = (logits_of(stages, other, lengths) - packed).abs().amax(-1)[0] / packed.abs().max()
                     if moved[first:end].max() <= LEAK:
                         raise Differs("gives outputs that do not depend on the tokens of their own document")
                     if not bool((moved[start:first] <= LEAK).all()):  # NaN fails, too
@@ -167,6 +172,8 @@ def check_packed(make: MakeStages, reference: Reference, num_stages: int) -> Non
 def check_gradients(make: MakeStages, reference: Reference, num_stages: int) -> None:
     """Of every parameter, over all microbatches."""
     stages = make(num_stages)
+    for stage in stages:
+        stage.zero_grad()
     for microbatch in reference.microbatches:
         _train_on(stages, microbatch)
     copies: dict[str, list[nn.Parameter]] = {}
@@ -229,6 +236,20 @@ def check_decode(make: MakeStages, reference: Reference, num_stages: int) -> Non
         step([1])
         for _ in range(4):
             step([0])
+        step([], [(3, 21)])  # all end, and another joins
+        step([0], [(0, 4), (1, 4)])  # one goes on: all rows that decode are equally long
+
+
+def write_checkpoint(stages: list[Stage], directory: Path) -> None:
+    """What the processes of all stages and the master do together."""
+    files = [write_stage(stage, directory) for stage in stages]
+    write_config(stages[0], directory)
+    weight_map = {name: file.file for file in files for name in file.tensors}
+    if len(weight_map) != sum(len(file.tensors) for file in files):
+        raise Differs("saves a tensor twice")
+    index = {"metadata": {"total_size": sum(file.size_bytes for file in files)}, "weight_map": weight_map}
+    if len(stages) > 1:
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
@@ -236,25 +257,15 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
     stages = make(num_stages)
     with TemporaryDirectory() as written:
         directory = Path(written)
-        files = [write_stage(stage, directory) for stage in stages]
-        write_config(stages[0], directory)
-        names = [name for file in files for name in file.tensors]
-        if len(set(names)) != len(names):
-            raise Differs("saves a tensor twice")
-        tensors = {name: tensor for file in files for name, tensor in load_file(directory / file.file).items()}
-        saved = {
-            name: tensor
-            for file in reference.directory.glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-        }
+        write_checkpoint(stages, directory)
+        tensors, saved = (
+            {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+            for folder in (directory, reference.directory)
+        )
         _assert_names("saved tensors", tensors, saved)
         for name, tensor in saved.items():
             if not torch.equal(tensors[name], tensor):
                 raise Differs(f"saves {name} with other bits")
-        weight_map = {name: file.file for file in files for name in file.tensors}
-        index = {"metadata": {"total_size": sum(file.size_bytes for file in files)}, "weight_map": weight_map}
-        if num_stages > 1:
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         with hf_compat.quiet():
             reread = type(reference.model).from_pretrained(directory, dtype=torch.float32)
         found = reread.state_dict()
@@ -263,7 +274,17 @@ def check_save(make: MakeStages, reference: Reference, num_stages: int) -> None:
                 raise Differs(f"reads {name} again with other bits")
 
 
-def _logits(stages: list[Stage], row: Tensor, lengths: tuple[int, ...]) -> Tensor:
+CHECKS = {
+    Column.PACKED: check_packed,
+    Column.GRADIENTS: check_gradients,
+    Column.SAVE: check_save,
+    Column.DECODE: check_decode,
+}
+"""Those of one number of stages."""
+
+
+def logits_of(stages: list[Stage], row: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """[1, T, V] of packed documents, row [1, T], in one autograd graph."""
     batch, hidden = PackedBatch(lengths, CPU), None
     for stage in stages:
         hidden = stage(row, batch, hidden)
@@ -309,7 +330,7 @@ def measure(model_type: str, with_switches: bool = True) -> Support:
             best = replace(without, unless={name: (not configs[0].get(name, False), reason)})
         if best.way is None or not with_switches:
             return best
-        return replace(best, unless={**best.unless, **dict(_wrong_switches(best, configs[0]))})
+        return replace(best, unless={**best.unless, **dict(wrong_switches(best, configs[0]))})
 
 
 def _one_switch(configs: Sequence[dict[str, Any]]) -> str | None:
@@ -335,52 +356,58 @@ def _best_way(model_type: str, references: Sequence[Reference]) -> Support:
 
 def _measure_way(model_type: str, way: Way, references: Sequence[Reference]) -> Support:
     fails: dict[Column, str] = {}
+    makers = [stages_of(reference, way) for reference in references]
 
-    def passes(column: Column, check: Callable[[MakeStages, Reference], None]) -> bool:
-        for reference in references:
-            try:
-                check(partial(load_all, reference.directory, way=way), reference)
-            except Differs as error:
-                fails[column] = error.reason
-                print(model_type, way, column, error)
-            except TrainmasterError as error:
-                fails[column] = _reason(error, model_type, column)
-            except Exception as error:  # noqa: BLE001  (foreign code, given what it does not expect)
-                fails[column] = f"raises {type(error).__name__} in the check of {column}"
-            if column in fails:
+    def passes(column: Column, check: Check) -> bool:
+        for make, reference in zip(makers, references, strict=True):
+            if (fault := _fault(column, check, make, reference)) is not None:
+                fails[column] = fault
                 return False
         return True
 
     num_stages = 2 if passes(Column.SPLIT, check_split) else 1
-    for column, check in (
-        (Column.PACKED, check_packed),
-        (Column.GRADIENTS, check_gradients),
-        (Column.SAVE, check_save),
-    ):
-        if not passes(column, partial(check, num_stages=num_stages)):
+    for column, check in CHECKS.items():
+        if column is Column.DECODE and way.packing is Packing.ALONE:
+            fails[column] = NO_CACHE
+        elif not passes(column, partial(check, num_stages=num_stages)) and column is not Column.DECODE:
             return Support(model_type, None, fails[column])
-    if way.packing is Packing.ALONE:
-        fails[Column.DECODE] = NO_CACHE
-    else:
-        passes(Column.DECODE, partial(check_decode, num_stages=num_stages))
     return Support(model_type, way, fails=fails)
 
 
-def _wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[str, tuple[bool, str]]]:
-    """Those that the type takes, and that make packed outputs wrong."""
+def wrong_switches(support: Support, config: dict[str, Any]) -> Iterator[tuple[str, tuple[bool, str]]]:
+    """Those that the type takes, and with which a check fails that passes without, at one number of stages."""
+    num_stages = 2 if support.passes(Column.SPLIT) else 1
+    assert support.way is not None, "what does not run is not tried with switches"
     for name, value in flipped(config):
         with TemporaryDirectory() as folder:
             try:
                 reference = make_reference(flip(config, name, value), Path(folder))
-            except Exception:  # noqa: BLE001  (any refusal by foreign code: such a model cannot be made at all)
+            except Exception as error:  # noqa: BLE001  (any refusal by foreign code: there is no such model)
+                print(support.model_type, name, value, "cannot be made:", type(error).__name__, str(error)[:80])
                 continue
-            num_stages = 2 if support.passes(Column.SPLIT) else 1
-            try:
-                check_packed(partial(load_all, reference.directory, way=support.way), reference, num_stages)
-            except Differs as error:
-                yield name, (value, error.reason)
-            except TrainmasterError as error:
-                yield name, (value, _reason(error, support.model_type, Column.PACKED))
+            make = stages_of(reference, support.way)
+            for column, check in CHECKS.items():
+                if column is Column.DECODE and not support.passes(column):
+                    continue
+                fault = _fault(column, partial(check, num_stages=num_stages), make, reference)
+                if fault is not None:
+                    yield name, (value, fault)
+                    break
+
+
+def _fault(column: Column, check: Check, make: MakeStages, reference: Reference) -> str | None:
+    """Why a check does not pass, for the table; None if it does."""
+    model_type = reference.model.config.model_type
+    try:
+        check(make, reference)
+    except Differs as error:
+        print(model_type, column, error)
+        return error.reason
+    except TrainmasterError as error:
+        return _reason(error, model_type, column)
+    except Exception as error:  # noqa: BLE001  (foreign code, given what it does not expect)
+        return f"raises {type(error).__name__} in the check of {column}"
+    return None
 
 
 def _reason(error: TrainmasterError, model_type: str, column: Column) -> str:
@@ -390,6 +417,11 @@ def _reason(error: TrainmasterError, model_type: str, column: Column) -> str:
         parts = {Column.SPLIT: "from hidden states alone", Column.PACKED: "on documents in one row"}
         return f"cannot run {parts.get(column, 'as a stage')}"
     return re.sub(r"^[A-Z]\w+ (?=[a-z])", "", reason)  # the name of a class
+
+
+def stages_of(reference: Reference, way: Way) -> MakeStages:
+    """Made once for each number."""
+    return functools.cache(partial(load_all, reference.directory, way=way))
 
 
 def load_all(directory: Path, num_stages: int, way: Way | None) -> list[Stage]:

@@ -7,10 +7,13 @@ that its source names, and the rest from `BY_TYPE`. `missing_kinds` tells what a
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
@@ -30,6 +33,8 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "sliding_window": 8,
     "attention_chunk_size": 8,
+    "local_attention": 16,
+    "log_scaling_n_floor": 4,
     "n_embd": 32,
     "n_layer": NUM_LAYERS,
     "n_head": 4,
@@ -80,6 +85,7 @@ SIZES: dict[str, Any] = {
     "index_n_heads": 4,
     "index_head_dim": 8,
     "index_topk": 8,
+    "index_topk_blocks": 2,
     # recurrences
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -95,6 +101,16 @@ SIZES: dict[str, Any] = {
     "ssm_state_size": 8,
     "mamba_expand": 2,
     "lru_width": 32,
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size", "index_block_size"), 8),
+    # factors and caps that do nothing, or next to nothing, at their usual values
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap"), 2.0),
+    **dict.fromkeys(("moe_router_logit_softcapping", "swiglu_limit"), 1.0),
+    **dict.fromkeys(("routed_scaling_factor", "moe_routed_scaling_factor", "route_scale", "embedding_multiplier"), 3.0),
+    **dict.fromkeys(("attention_multiplier", "residual_multiplier", "logit_scale", "lm_head_multiplier"), 0.5),
+    **dict.fromkeys(("attention_in_multiplier", "attention_out_multiplier", "key_multiplier"), 0.5),
+    **dict.fromkeys(("ssm_in_multiplier", "ssm_out_multiplier", "attention_value_scale", "clip_qkv"), 0.5),
+    **dict.fromkeys(("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor"), 2.0),
+    "logits_scaling": 0.25,
     # others
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 64,
@@ -242,7 +258,7 @@ _OTHER_PARTS = re.compile(
 )
 _ASIDE = {
     "add_cross_attention", "is_decoder", "is_encoder_decoder",  # what `BY_TYPE` sets
-    "use_cache", "output_router_logits", "tie_word_embeddings",  # no matter of a pass
+    "use_cache",  # which every call says anew
     "use_mamba_kernels", "use_mambapy", "use_associative_scan", "use_mem_eff_path",  # kernels for a device
     "summary_use_proj", "summary_proj_to_labels",  # other tasks
 }  # fmt: skip
@@ -306,7 +322,8 @@ def flipped(config: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """Switches of the type's own, and what the configuration does not have them at."""
     config_class = CONFIG_MAPPING[config["model_type"]]
     for name, each in config_class.__dataclass_fields__.items():
-        if isinstance(each.default, bool) and name not in PretrainedConfig.__dataclass_fields__ and name not in _ASIDE:
+        is_switch = isinstance(each.default, bool) or (each.default is None and str(each.type) == "bool | None")
+        if is_switch and name not in PretrainedConfig.__dataclass_fields__ and name not in _ASIDE:
             yield name, not config.get(name, each.default)
 
 

@@ -287,12 +287,12 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
-    **_: Any,  # keywords for other attention functions
+    **others: Any,  # keywords for other attention functions
 ) -> tuple[Tensor, None]:
     """The registered attention function: every sequence of the row by itself, with its past if a cache holds one.
 
     query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> [1, T, H, E]. Raises ModelError for attention dropout,
-    for additive position biases, and for models that alter the mask.
+    for additive position biases and whatever else scores depend on, and for models that alter the mask.
     """
     if not isinstance(attention_mask, PackedMask):
         raise ModelError(
@@ -301,6 +301,10 @@ def packed_attention(
         )
     if position_bias is not None:
         raise ModelError(f"{type(module).__name__} adds a position bias to its scores, which packed attention has not")
+    for name, other in others.items():
+        if isinstance(other, Tensor) and name != "position_ids":  # by which keys are rotated already
+            reason = f"gives its attention {name}, which packed attention does not heed"
+            raise ModelError(f"{type(module).__name__} {reason}")
     if dropout > 0.0:
         raise ModelError(_dropout_message(module, dropout))
     mask, scores = attention_mask, _scores_of(module, query, scaling, softcap, s_aux)

@@ -117,7 +117,8 @@ def model_limits(model: Model, field: str = "model") -> tuple[int, int]:
     """
     config = config_of(model, field)
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    return min(context, rotary_limit(config) or sys.maxsize), config.vocab_size
+    limits = (context, rotary_limit(config), row_limit(config))
+    return min(limit for limit in limits if limit is not None), config.vocab_size
 
 
 def rotary_limit(config: PretrainedConfig) -> int | None:
@@ -134,3 +135,12 @@ def rotary_limit(config: PretrainedConfig) -> int | None:
         elif kind.get("rope_type") == "dynamic":
             limits.append(config.max_position_embeddings)
     return min(limits, default=None)
+
+
+def row_limit(config: PretrainedConfig) -> int | None:
+    """The tokens of a row beyond which places in it would count for positions in a sequence, if any.
+
+    Some layers without rotary embeddings (of llama4) temper their scores by a token's place in the call; before
+    `floor_scale` by nothing.
+    """
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None

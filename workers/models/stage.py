@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...api.errors import ModelError
 from ...api.model_support import Packing
 from .attention import PackedBatch, PackedPass, packed
-from .configs import rotary_limit
+from .configs import rotary_limit, row_limit
 from .cut import Cut
 from .products import HALF, float32_products
 
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         self.config: PretrainedConfig = model.config
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.cut = cut
-        self.rotary_limit = rotary_limit(model.config)
+        self.rotary_limit, self.row_limit = rotary_limit(model.config), row_limit(model.config)
 
     @property
     def tied_embedding(self) -> nn.Parameter | None:
@@ -122,13 +122,24 @@ class Stage(nn.Module):
         )
         if self.packing is Packing.ALONE:
             return self._run_alone(ids, current, hidden)
+        self._check_row(current)
+        return self._run(ids, current, hidden, current.batch.model_kwargs())
+
+    def _check_row(self, current: PackedPass) -> None:
+        """Raise ModelError for a row in which sequences would change each other's positions."""
         limit = self.rotary_limit
         if limit is not None and len(current.batch.seqlens) > 1 and current.batch.longest > limit:
             raise ModelError(
                 f"a sequence of {current.batch.longest} tokens in a row with others: beyond {limit} it would change "
                 "the rotary embedding of all; give it a microbatch of its own, or shorten it"
             )
-        return self._run(ids, current, hidden, current.batch.model_kwargs())
+        num_tokens, limit = max(current.batch.num_tokens, current.batch.longest), self.row_limit
+        is_alone = len(current.batch.seqlens) == 1 and current.cache is None
+        if limit is not None and num_tokens > limit and not is_alone:
+            raise ModelError(
+                f"a row of {num_tokens} tokens: with attn_temperature_tuning, places in a row beyond {limit} would "
+                f"count for positions in a sequence; set microbatch_tokens to {limit} or less"
+            )
 
     def _run_alone(self, ids: Tensor, current: PackedPass, hidden: Tensor | None) -> Tensor:
         """One call of the model for each sequence, which then needs to keep nothing apart."""

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from model_checks import check_decode
 from trainmaster.workers.models.attention import PackedPass
 from trainmaster.workers.models.cache import KVCache
 from trainmaster.workers.models.kernels import Scores, attend, attend_cached
-from trainmaster.workers.models.loading import load_stage
 from trainmaster.workers.pipeline.slots import compacted
 
 CPU = torch.device("cpu")
-LENGTHS = (5, 17, 1, 23)  # of the first microbatch; windows and chunks are of 8
 
 
 def test_a_cache_gives_back_what_was_written_after_any_compaction():
@@ -99,9 +98,9 @@ def test_a_cached_token_attends_as_the_last_of_its_sequence(softcap, with_sinks,
 
 # lengths of prompts: mixed, all ends at different times; or equal, and beyond the window at once or later
 @pytest.mark.parametrize("prompts", [(2, 12, 1, 7), (4, 4, None, 4), (None, 11, None, 11)])
-def test_cached_passes_equal_the_whole_model(whole, num_stages, prompts):
-    stages = [load_stage(whole.directory, index, num_stages, CPU).eval() for index in range(num_stages)]
-    ids, logits = whole.ids[0][0].split(LENGTHS), whole.logits[0][0].split(LENGTHS)
+def test_cached_passes_equal_the_whole_model(whole, make_stages, num_stages, prompts):
+    stages, microbatch = make_stages(num_stages), whole.microbatches[0]
+    ids, logits = [document[0] for document in microbatch.documents], microbatch.logits[0].split(microbatch.lengths)
     live = [(ids[place], logits[place], length) for place, length in enumerate(prompts) if length is not None]
     caches = [KVCache(len(live), max(len(tokens) for tokens, _, _ in live)) for _ in stages]
 
@@ -134,32 +133,6 @@ def test_cached_passes_equal_the_whole_model(whole, num_stages, prompts):
             check(row, [PackedPass.decode(cache, CPU) for cache in caches])
 
 
-def test_sequences_join_those_that_decode(whole, num_stages):
+def test_sequences_join_those_that_decode(whole, make_stages, num_stages):
     """One pass of rows that go on and of others that join, in the place of some that have ended."""
-    stages = [load_stage(whole.directory, index, num_stages, CPU).eval() for index in range(num_stages)]
-    ids, logits = whole.ids[0][0].split(LENGTHS), whole.logits[0][0].split(LENGTHS)
-    caches = [KVCache(3, max(LENGTHS)) for _ in stages]
-    held = []  # by row: the sequence, and how much of it the cache holds
-
-    def take(order, joining):
-        for cache in caches:
-            cache.keep(order)
-        rows = [(sequence, length + 1, 1) for sequence, length in (held[row] for row in order)]
-        rows += [(sequence, length, length) for sequence, length in joining]
-        held[:] = [(sequence, length) for sequence, length, _ in rows]
-        row, hidden = torch.cat([ids[sequence][end - size : end] for sequence, end, size in rows]), None
-        lengths = tuple(length for _, length in joining)
-        for stage, cache in zip(stages, caches, strict=True):
-            hidden = stage.run(row[None], PackedPass.step(cache, lengths, CPU), hidden)
-        got = stages[-1].logits(hidden)[0]
-        wanted = torch.cat([logits[sequence][end - size : end] for sequence, end, size in rows])
-        assert (got - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max().item())
-
-    with torch.inference_mode():
-        take([], [(3, 12), (1, 3)])
-        take([0, 1], [(2, 1)])  # all go on, at different lengths
-        take([0, 1], [(0, 3)])
-        take([2, 1], [(1, 12)])  # the last moves to the first row
-        take([0, 1, 2], [])
-        take([], [(3, 21)])
-        take([0], [(0, 4), (1, 4)])  # one goes on: all rows that decode are equally long
+    check_decode(make_stages, whole, num_stages)

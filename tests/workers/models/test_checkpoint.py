@@ -4,35 +4,16 @@ import json
 
 import pytest
 import torch
+from model_checks import check_save
 from safetensors import safe_open
-from trainmaster.workers.models import hf_compat
 from trainmaster.workers.models.checkpoint import write_config, write_stage
 from trainmaster.workers.models.loading import init_stage, load_stage
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 
 
-def tensor_names(directory):
-    names = []
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            names += opened.keys()
-    return names
-
-
-def test_a_round_trip_through_stages_changes_nothing(whole, num_stages, write_checkpoint, tmp_path):
-    write_checkpoint([load_stage(whole.directory, index, num_stages, CPU) for index in range(num_stages)], tmp_path)
-    assert sorted(tensor_names(tmp_path)) == sorted(tensor_names(whole.directory))
-    with hf_compat.quiet():
-        reread, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    wanted = whole.model.state_dict()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in reread.state_dict().items())
-    ids = whole.ids[1][:, :12]
-    with torch.no_grad():
-        torch.testing.assert_close(reread(ids).logits, whole.logits[1][:, :12], atol=1e-5, rtol=1e-4)
+def test_a_round_trip_through_stages_changes_nothing(whole, make_stages, num_stages):
+    check_save(make_stages, whole, num_stages)
 
 
 def test_what_was_initialised_can_be_written_and_cut_anew(config, write_checkpoint, tmp_path):

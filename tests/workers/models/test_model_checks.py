@@ -25,6 +25,7 @@ from model_checks import (
     load_all,
     make_reference,
     measure,
+    wrong_switches,
 )
 from torch import Tensor
 from trainmaster.api.model_support import Column, Way, support_table
@@ -39,13 +40,12 @@ CHECKS = {
     "decode": partial(check_decode, num_stages=2),
     "save": partial(check_save, num_stages=2),
 }
-FAST = ("llama", "qwen3", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss", "lfm2")
+FAST = ("llama", "qwen3", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss", "lfm2", "minimax_m3_vl_text")
 
 
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    config = tiny_models.tiny_config("qwen2") | {"tie_word_embeddings": True}
-    return make_reference(config, tmp_path_factory.mktemp("qwen2"))
+@pytest.fixture
+def qwen2(whole_of: Callable[[str], Reference]) -> Reference:
+    return whole_of("qwen2")
 
 
 @cache
@@ -139,26 +139,30 @@ def test_a_frozen_parameter_is_found(qwen2: Reference):
     assert failing(qwen2, freeze) == {"gradients": "has a wrong gradient of model.layers.3.mlp.up_proj.weight"}
 
 
-def test_a_tie_that_is_not_told_is_found(qwen2: Reference):
-    def forget(stages: list[Stage]) -> None:
-        for stage in stages:
-            stage.cut = replace(stage.cut, has_tied_embedding=False)
+def shifted(run: Callable[..., Tensor], ids: Tensor, current: PackedPass, hidden: Tensor | None = None) -> Tensor:
+    """A token of decode is rotated as the next one would be."""
+    if current.num_decoding:
+        _ = current.slots  # the cache is right, the rotation is not
+        current.batch.__dict__["position_ids"] = current.batch.position_ids + 1
+    return run(ids, current, hidden)
 
-    assert failing(qwen2, forget)["gradients"].startswith("has model.embed_tokens.weight on several stages")
+
+def spoil_decode(stages: list[Stage]) -> None:
+    for stage in stages:
+        stage.run = partial(shifted, stage.run)
+
+
+def spoil_tie(stages: list[Stage]) -> None:
+    for stage in stages:
+        stage.cut = replace(stage.cut, has_tied_embedding=False)
+
+
+def test_a_tie_that_is_not_told_is_found(qwen2: Reference):
+    assert failing(qwen2, spoil_tie)["gradients"].startswith("has model.embed_tokens.weight on several stages")
 
 
 def test_a_wrong_position_of_decode_is_found(qwen2: Reference):
-    def late(stages: list[Stage]) -> None:
-        for stage in stages:
-            stage.run = partial(shifted, stage.run)
-
-    def shifted(run: Callable[..., Tensor], ids: Tensor, current: PackedPass, hidden: Tensor | None = None) -> Tensor:
-        if current.num_decoding:
-            _ = current.slots  # the cache is right, the rotation is not
-            current.batch.__dict__["position_ids"] = current.batch.position_ids + 1
-        return run(ids, current, hidden)
-
-    assert failing(qwen2, late) == {"decode": "has wrong outputs of cached decode"}
+    assert failing(qwen2, spoil_decode) == {"decode": "has wrong outputs of cached decode"}
 
 
 def test_a_cache_that_forgets_is_found(qwen2: Reference, monkeypatch: pytest.MonkeyPatch):
@@ -225,10 +229,43 @@ def test_a_variant_counts_as_much_as_the_first_configuration(monkeypatch: pytest
             raise Differs("is wrong")
 
     monkeypatch.setattr(model_checks, "check_split", check)
-    for name in ("check_packed", "check_gradients", "check_save", "check_decode"):
-        monkeypatch.setattr(model_checks, name, lambda *_arguments, **_keywords: None)
+    monkeypatch.setattr(model_checks, "CHECKS", {})
     assert measure("llama", with_switches=False).fails[Column.SPLIT] == "is wrong"
     assert checked[:2] == [0.0, 0.5]
+
+
+def spoil_gradient(stages: list[Stage]) -> None:
+    stages[0].get_parameter("model.model.layers.0.mlp.up_proj.weight").register_hook(lambda gradient: gradient * 1.01)
+
+
+def spoil_save(stages: list[Stage]) -> None:
+    """What is no parameter has no gradient."""
+    stages[-1].model.register_buffer("extra", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (spoil_gradient, "has a wrong gradient of model.layers.0.mlp.up_proj.weight"),
+        (spoil_decode, "has wrong outputs of cached decode"),
+        (spoil_save, "has extra among its saved tensors, and the whole model has not"),
+        (spoil_tie, "has model.embed_tokens.weight on several stages, which do not know of each other"),
+    ],
+)
+def test_what_only_one_value_of_a_switch_breaks_is_found(
+    spoil: Callable[[list[Stage]], None], says: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever it is that breaks, and the other values of switches pass."""
+
+    def load(directory: Path, num_stages: int, way: Way | None) -> list[Stage]:
+        stages = load_all(directory, num_stages, way)
+        if stages[0].config.tie_word_embeddings:
+            spoil(stages)
+        return stages
+
+    monkeypatch.setattr(model_checks, "load_all", load)
+    found = dict(wrong_switches(support_table().types["llama"], tiny_models.tiny_config("llama")))
+    assert found == {"tie_word_embeddings": (True, says)}
 
 
 @pytest.mark.parametrize("model_type", FAST)
@@ -255,6 +292,14 @@ def test_switches_that_are_refused_are_not_at_what_is_usual():
     for name, support in support_table().types.items():
         for switch, (value, _) in support.unless.items():
             assert CONFIG_MAPPING[name].__dataclass_fields__[switch].default is not value, (name, switch)
+
+
+def test_switches_are_whatever_a_configuration_turns_on_or_off():
+    assert dict(tiny_models.flipped(tiny_models.tiny_config("gemma2"))) == {
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_bidirectional_attention": True,  # which is None otherwise
+    }
 
 
 def test_a_reference_is_the_same_each_time(tmp_path: Path):

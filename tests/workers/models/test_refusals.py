@@ -74,6 +74,7 @@ def test_keywords_that_transformers_translates_are_known(qwen2):
         ({"model_type": "bart"}, "'bart' is an encoder-decoder; use another type"),
         ({"model_type": "gemma3"}, r"'gemma3' has more parts than a language model of text \(gemma3_text is that\)"),
         ({"model_type": "clip_text_model"}, "'clip_text_model' is no causal language model"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "'gemma2' with use_bidirectional.* not causal"),
         ({"model_type": "falcon", "alibi": True}, "'falcon' with alibi = True has wrong outputs.*; set alibi to False"),
     ],
 )
@@ -106,6 +107,7 @@ def test_layers_that_are_skipped_at_random_are_refused_on_two_stages():
         ("mamba2", "'mamba2' has layers that do not attend through transformers' attention interface"),
         ("falcon_h1", "'falcon_h1' carries state from one packed sequence into the next"),
         ("inkling_text", "adds a position bias to its scores"),
+        ("minimax_m3_vl_text", "MiniMaxM3VLAttention gives its attention block_indices, which packed attention does"),
     ],
 )
 def test_the_probe_refuses_rows_where_the_table_would_be_wrong(model_type, says):

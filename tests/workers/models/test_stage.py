@@ -6,82 +6,55 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import MODEL_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
-from model_checks import make_reference
+from model_checks import check_gradients, check_packed, logits_of, make_reference
 from tiny_models import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from trainmaster.api.config import Model
 from trainmaster.api.errors import ConfigError, ModelError
-from trainmaster.workers.models import hf_compat
+from trainmaster.workers.models import attention, hf_compat
 from trainmaster.workers.models.attention import PackedBatch, PackedPass
 from trainmaster.workers.models.cache import KVCache
 from trainmaster.workers.models.configs import model_limits
 from trainmaster.workers.models.cut import balanced_split, layer_costs
+from trainmaster.workers.models.kernels import attend
 from trainmaster.workers.models.loading import init_stage, load_stage
 
 CPU = torch.device("cpu")
-MICROBATCHES = ((5, 17, 1, 23), (12, 9))
-
-
-def load_all(whole, num_stages):
-    return [load_stage(whole.directory, index, num_stages, CPU) for index in range(num_stages)]
 
 
 def assert_close(got, wanted, tolerance=1e-5):
     assert (got - wanted).abs().max() <= tolerance * max(1.0, wanted.abs().max().item())
 
 
-def test_packed_logits_equal_the_whole_models(whole, num_stages, run_stages):
-    stages = load_all(whole, num_stages)
-    for ids, lengths, wanted in zip(whole.ids, MICROBATCHES, whole.logits, strict=True):
-        assert_close(run_stages(stages, ids, lengths), wanted)
+def test_sequences_of_a_row_are_as_each_alone_and_none_moves_another(whole, make_stages, num_stages):
+    check_packed(make_stages, whole, num_stages)
 
 
-def test_gradients_over_microbatches_equal_the_whole_models(whole, num_stages):
-    stages = load_all(whole, num_stages)
-    for ids, lengths, weights in zip(whole.ids, MICROBATCHES, whole.weights, strict=True):
-        train_on(stages, ids, PackedBatch(lengths, CPU), weights)
-    tied = [stage.tied_embedding for stage in stages if stage.tied_embedding is not None]
-    assert len(tied) in (0, 2)
-    summed = [tied] if tied else []
-    summed += [[stage.get_parameter(f"model.{name}") for stage in stages] for name, _ in stages[0].replicated]
-    for copies in summed:  # what the caller does between stages
-        total = sum(parameter.grad for parameter in copies if parameter.grad is not None)
-        for parameter in copies:
-            parameter.grad = total.clone()
-    seen = set()
-    for stage in stages:
-        for name, parameter in stage.model.named_parameters():
-            if name in whole.gradients:
-                assert parameter.grad is not None, name
-                assert_close(parameter.grad, whole.gradients[name])
-                seen.add(name)
-    assert seen == set(whole.gradients)
+def test_that_is_so_for_every_kind_of_attention(whole_of, stages_in_rows, monkeypatch):
+    kinds = set()
+
+    def watched(query, key, value, seen, scores):
+        num_seen = query.shape[2] if seen is None else int(seen[0, 0, -1].sum())
+        kinds.add({20: "all before", 8: "sliding window", 4: "chunk"}[num_seen])
+        kinds.add("grouped heads" if query.shape[1] > key.shape[1] else "plain heads")
+        kinds.update({"latent heads"} if value.shape[-1] != query.shape[-1] else ())
+        kinds.update({"softcap"} if scores.softcap is not None else ())
+        kinds.update({"sinks"} if scores.sinks is not None else ())
+        return attend(query, key, value, seen, scores)
+
+    models = [stages_in_rows(whole_of(model_type))(1) for model_type in MODEL_TYPES]
+    monkeypatch.setattr(attention, "attend", watched)
+    for stages in models:
+        logits_of(stages, torch.arange(20)[None] + 3, (20,))
+    heads = {"plain heads", "grouped heads", "latent heads"}
+    assert kinds == {"all before", "sliding window", "chunk", "softcap", "sinks"} | heads
 
 
-def train_on(stages, ids, batch, weights):
-    """One microbatch, as between processes: only hidden states and their gradients cross."""
-    received, sent = [None], []
-    for stage in stages:
-        sent.append(stage(ids, batch, received[-1]))
-        received.append(sent[-1].detach().requires_grad_())
-    (stages[-1].logits(received[-1]) * weights).sum().backward()
-    for out, leaf in zip(reversed(sent), reversed(received[1:]), strict=True):
-        out.backward(leaf.grad)
-
-
-def test_a_sequence_changes_no_other(config, run_stages):
-    stages = [init_stage(config, 3, index, 2, CPU) for index in range(2)]
-    lengths = (6, 11, 4)
-    ids = torch.arange(21)[None] + 3
-    other = ids.clone()
-    other[:, 6:17] = other[:, 6:17].flip(1)
-    with torch.no_grad():
-        before, after = run_stages(stages, ids, lengths), run_stages(stages, other, lengths)
-    assert_close(after[:, :6], before[:, :6], 1e-6)
-    assert_close(after[:, 17:], before[:, 17:], 1e-6)
-    assert (after[:, 6:17] - before[:, 6:17]).abs().max() > 1e-3
+def test_gradients_over_microbatches_equal_the_whole_models(whole, make_stages, num_stages):
+    check_gradients(make_stages, whole, num_stages)
 
 
 def test_head_takes_any_slice_of_hidden_states(qwen2):
@@ -91,12 +64,12 @@ def test_head_takes_any_slice_of_hidden_states(qwen2):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
-def test_half_precision_does_not_depend_on_the_cut(config, run_stages):
+def test_half_precision_does_not_depend_on_the_cut(config):
     ids, lengths = torch.arange(20)[None] + 3, (8, 12)
     logits = []
     for num_stages in (1, 2):
         stages = [init_stage(config, 3, index, num_stages, CPU, torch.bfloat16) for index in range(num_stages)]
-        logits.append(run_stages(stages, ids, lengths))
+        logits.append(logits_of(stages, ids, lengths))
     assert logits[0].dtype == torch.float32, "heads are float32; see `products`"
     assert torch.equal(*logits)
 
@@ -111,16 +84,16 @@ def test_attributes(qwen2):
     assert init_stage(qwen2, 1, 0, 1, CPU).tied_embedding is None
 
 
-def test_a_copied_stage_is_independent(qwen2, run_stages):
+def test_a_copied_stage_is_independent(qwen2):
     stage = init_stage(qwen2, 1, 0, 1, CPU)
     ids = torch.arange(9)[None]
     twin = copy.deepcopy(stage)
-    before = run_stages([stage], ids, (4, 5))
+    before = logits_of([stage], ids, (4, 5))
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    assert torch.equal(run_stages([stage], ids, (4, 5)), before)
-    assert not run_stages([twin], ids, (4, 5)).any()
+    assert torch.equal(logits_of([stage], ids, (4, 5)), before)
+    assert not logits_of([twin], ids, (4, 5)).any()
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "qwen3_moe", "deepseek_v3"])
@@ -198,6 +171,23 @@ def test_a_long_sequence_changes_the_rotary_embedding_of_no_other():
         stage(ids, PackedBatch((5, 15), CPU))
     limits = model_limits(Model(config={**config, "rope_parameters": rope}, tokenizer=Path("none")))
     assert limits == (8, 64)
+
+
+def test_a_long_row_does_not_change_the_temperature_of_attention(tmp_path):
+    """transformers takes a token's place in the call for its position."""
+    config = tiny_config("llama4_text") | {"floor_scale": 24}
+    reference = make_reference(config, tmp_path)  # whose second microbatch is of 12 and 9 tokens
+    stage, row = load_stage(tmp_path, 0, 1, CPU).eval(), reference.microbatches[1].row
+    assert_close(logits_of([stage], row, (12, 9)), reference.microbatches[1].logits)
+    longer = torch.cat([row, row[:, :9]], 1)
+    with torch.no_grad():
+        alone = reference.model(input_ids=longer, use_cache=False).logits
+    assert_close(logits_of([stage], longer, (30,)), alone)  # one sequence has the places that it would have alone
+    with pytest.raises(ModelError, match=r"a row of 24 tokens: .* set microbatch_tokens to 23 or less"):
+        stage(longer[:, :24], PackedBatch((12, 12), CPU))
+    with pytest.raises(ModelError, match="a row of 24 tokens"):
+        stage.run(longer[:, :24], PackedPass.prefill(KVCache(1, 24), (24,), CPU))
+    assert model_limits(Model(config=config, tokenizer=Path("none"))) == (23, 64)
 
 
 def test_one_sequence_a_call_equals_the_whole_model(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from .demand import Cells, Demand, Places, split
 from .routing import NUM_WAVES, Hops
@@ -19,7 +20,8 @@ from .storage import Numbers, distinct, spans, starts_of_runs
 
 Messages = dict[int, Redistribute]
 """By rank."""
-_CELLS_AT_ONCE = 2**16
+Objects = npt.NDArray[np.object_]
+_CELLS_AT_ONCE = 2**15
 """That many of each array are in a core's cache; and of thousands of workers, each with a few, all are dealt with at
 once."""
 
@@ -35,6 +37,7 @@ def parcel_out(demand: Demand, hops: Hops, tag: int) -> Messages:
     cells_before = _ends(plan.num_cells)[sent_starts] + _ends(plan.num_cells[received])[received_starts]
     firsts = distinct(np.searchsorted(cells_before[:-1], np.arange(0, cells_before[-1], _CELLS_AT_ONCE)))
     first_peer = _ends(plan.num_peers)
+    all_keys, all_ids = (np.array([*each, None], dtype=object)[:-1] for each in (demand.cells.keys, demand.cells.ids))
     messages: Messages = {}
     for first, end in pairwise([*firsts.tolist(), len(ranks) - 1]):
         these, those = sent_starts[first : end + 1], received_starts[first : end + 1]
@@ -42,7 +45,7 @@ def parcel_out(demand: Demand, hops: Hops, tag: int) -> Messages:
         peers = plan.peers[first_peer[these[0]] : first_peer[these[-1]]]
         sent = _Side(plan, demand.cells, outgoing, these, plan.num_peers[outgoing], peers)
         got = _Side(plan, demand.cells, incoming, those, np.ones(len(incoming), np.int32), plan.source[incoming])
-        messages |= _messages(sent, got, demand.cells, first, end - first, tag)
+        messages |= _messages(sent, got, all_keys, all_ids, first, end - first, tag)
     return messages
 
 
@@ -146,13 +149,15 @@ class _Side:
         )
 
 
-def _messages(sent: _Side, received: _Side, cells: Cells, first_rank: int, num_ranks: int, tag: int) -> Messages:
-    """Of workers in a row."""
+def _messages(
+    sent: _Side, received: _Side, all_keys: Objects, all_ids: Objects, first_rank: int, num_ranks: int, tag: int
+) -> Messages:
+    """Of workers in a row. `all_keys`, `all_ids`: those of the cells."""
     seats = np.concatenate([sent.seats, received.seats])
-    key, sample = split(np.concatenate([sent.cells, received.cells]), len(cells.ids))
-    keys, first_key, key_places = _numbered(seats, num_ranks, key, len(cells.keys))
-    samples, first_sample, sample_places = _numbered(seats, num_ranks, sample, len(cells.ids))
-    names, ids = [cells.keys[at] for at in keys.tolist()], [cells.ids[at] for at in samples.tolist()]
+    key, sample = split(np.concatenate([sent.cells, received.cells]), len(all_ids))
+    keys, first_key, key_places = _numbered(seats, num_ranks, key, len(all_keys))
+    samples, first_sample, sample_places = _numbered(seats, num_ranks, sample, len(all_ids))
+    names, ids = all_keys[keys].tolist(), all_ids[samples].tolist()
     numbers = (key_places * np.diff(first_sample)[seats] + sample_places).astype(np.int32)
     of_sent, of_received = np.split(numbers, [len(sent.cells)])
     return {

@@ -100,7 +100,7 @@ class Storage:
         if not self._added:
             return
         shares = {id(samples.ids): samples.ids for _, samples in self._added}
-        for identity in chain.from_iterable(shares.values()):
+        for identity in dict.fromkeys(chain.from_iterable(shares.values())):
             if identity not in self._rows:
                 self._rows[identity] = self._free_rows.pop() if self._free_rows else len(self._rows)
         rows = {share: np.fromiter(map(self._rows.__getitem__, ids), np.int64) for share, ids in shares.items()}

@@ -174,6 +174,10 @@ def read_pruned(
     if name != causal_lm_class(config).__name__:
         names.add("score.weight")  # a scalar head's, on another stage
     extra = set(report["unexpected_keys"]) - names
+    if extra:  # patterns that rename this stage's tensors may meet those of others, too
+        renamings, converters = _conversions(model)
+        state, prefix = model.state_dict(), model.base_model_prefix
+        extra -= {rename_source_key(each, renamings, converters, prefix, state)[0] for each in names}
     faults += [f"{name} is of no use to the model" for name in sorted(extra) if not name.endswith(_COMPUTED)]
     for name, found, wanted in sorted(report["mismatched_keys"]):
         faults.append(f"{name} has shape {list(found)} where the model has {list(wanted)}")
@@ -212,9 +216,7 @@ def _by_target(
 
     Each with a key that does not depend on what older versions called it.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _conversions(model)
     prefix = model.base_model_prefix
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
@@ -223,6 +225,12 @@ def _by_target(
             key = apply_renamings(name, renamings).removeprefix(f"{prefix}.")
             found.setdefault(target, {})[key] = name
     return found
+
+
+def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def build_pruned(

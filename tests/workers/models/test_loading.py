@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config
 from trainmaster.api.errors import ConfigError, ModelError
+from trainmaster.api.model_support import Packing, Way
 from trainmaster.workers.models import hf_compat
 from trainmaster.workers.models.attention import PackedBatch
 from trainmaster.workers.models.loading import init_stage, load_stage
 from transformers import AutoConfig, AutoModelForCausalLM
 
 CPU = torch.device("cpu")
+ALONE = Way(Packing.ALONE)
 
 
 @pytest.fixture
@@ -28,6 +31,16 @@ def rewrite(directory, change):
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_tensors_of_other_stages_are_no_fault_where_a_types_renaming_meets_them(write_checkpoint, tmp_path):
+    """It makes `model.kv_norm` of the final norm, on a stage that has none to tell it better."""
+    whole = init_stage(tiny_config("deepseek_v4"), 5, 0, 1, CPU, way=ALONE)
+    write_checkpoint([whole], tmp_path)
+    first = load_stage(tmp_path, 0, 2, CPU, way=ALONE)
+    wanted = dict(whole.model.named_parameters())
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
 
 
 def test_initial_weights_do_not_depend_on_the_cut(config):

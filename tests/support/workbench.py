@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -132,7 +133,12 @@ class Workbench:
     def pids_of(self, service: str) -> list[int]:
         """Living `master` or `worker` services that this test started."""
         part = b"\0" + service.encode() + b"\0"
-        return [pid for pid in self.survivors() if part in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        found = []
+        for pid in self.survivors():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if part in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
 
     def wait_until_gone(self, deadline_s: float = 10.0) -> list[int]:
         """Survivors after all had time to end."""

@@ -1,6 +1,6 @@
-"""GRPO on two-digit addition, from a checkpoint that examples/arithmetic/sft.py left.
+"""GRPO on two-digit addition, from a checkpoint that SFT left: as it stands, that of `make demo`.
 
-trainmaster run examples/arithmetic/grpo.py --actor.path runs/arithmetic-sft/checkpoints/step-400
+trainmaster run examples/arithmetic/grpo.py --actor runs/arithmetic-sft/checkpoints/step-400
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import task
 from trainmaster import GRPO, AnswerEvaluation, Dataset, Layout, Model, Optimizer, Reward, RunOptions, Sampling
 
 experiment = GRPO(
-    actor=Model(path=Path("runs/arithmetic-sft/checkpoints/step-400"), layout=Layout(pp=2)),
+    actor=Model(path=Path("runs/demo/sft/checkpoints/step-156"), layout=Layout(pp=2)),
     prompts=Dataset(path=task.TRAIN),
     reward=Reward(function="exact_match"),
     sampling=Sampling(max_new_tokens=5),

@@ -333,9 +333,8 @@ def _attend_row(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, sco
         return _attend_runs(query, key, value, mask, scores)
     if kernel is Kernel.FLEX:
         return [kernels.attend_flex(query, key, value, mask.blocks, scores)]
-    attend_fused = kernels.attend_varlen if kernel is Kernel.VARLEN else kernels.attend_flash
     row, window = mask.current.joining, mask.window if mask.sight is Sight.WINDOW else None
-    return [attend_fused(query, key, value, row.cu_seqlens, row.longest, window, scores)]
+    return [kernels.attend_fused(kernel, query, key, value, row.cu_seqlens, row.longest, window, scores)]
 
 
 def _kernel_of(query: Tensor, value: Tensor, mask: PackedMask, scores: Scores) -> Kernel:

@@ -141,39 +141,37 @@ def _parameters(module: str, function: str) -> frozenset[str]:
         return frozenset()
 
 
-def attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, window: int | None, scores: Scores
+def attend_fused(
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    longest: int,
+    window: int | None,
+    scores: Scores,
 ) -> Tensor:
-    """A row by `varlen_attn`: query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> [T, H, E].
+    """A row by VARLEN or FLASH: query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> [T, H, E].
 
     `ends` [n + 1] int32: where each sequence starts, then T. `window`: how many tokens one sees, itself among them;
-    None: all before it. Plain scores only.
+    None: all before it. No sinks; a softcap by FLASH only.
     """
-    module = importlib.import_module("torch.nn.attention.varlen")
-    extra = {"enable_gqa": True} if "enable_gqa" in _parameters(module.__name__, "varlen_attn") else {}
-    rows = _as_rows(query, key, value)
-    seen = (-1 if window is None else window - 1, 0)
-    out: Tensor = module.varlen_attn(*rows, ends, ends, longest, longest, scale=scores.scale, window_size=seen, **extra)
-    return out[..., : value.shape[-1]]
-
-
-def attend_flash(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, window: int | None, scores: Scores
-) -> Tensor:
-    """`attend_varlen`, by the package flash_attn, which takes a softcap."""
-    module = importlib.import_module("flash_attn")
-    rows = _as_rows(query, key, value)
-    seen = (-1 if window is None else window - 1, 0)
-    extra = {"softmax_scale": scores.scale, "causal": True, "window_size": seen, "softcap": scores.softcap or 0.0}
-    out: Tensor = module.flash_attn_varlen_func(*rows, ends, ends, longest, longest, **extra)
-    return out[..., : value.shape[-1]]
-
-
-def _as_rows(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """[T, heads, D] each: multi-head latent attention has smaller values, and the kernels want equal sizes."""
-    if value.shape[-1] < key.shape[-1]:
-        value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
-    return [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
+    value_size, seen = value.shape[-1], (-1 if window is None else window - 1, 0)
+    if value_size < key.shape[-1]:  # multi-head latent attention: the kernels want equal head sizes
+        value = F.pad(value, (0, key.shape[-1] - value_size))
+    rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # [T, heads, D]
+    extra: dict[str, Any]  # as the packages name them
+    if kernel is Kernel.VARLEN:
+        name, function = "torch.nn.attention.varlen", "varlen_attn"
+        extra = {"scale": scores.scale}
+        if "enable_gqa" in _parameters(name, function):
+            extra["enable_gqa"] = True
+    else:
+        name, function = "flash_attn", "flash_attn_varlen_func"
+        extra = {"softmax_scale": scores.scale, "causal": True, "softcap": scores.softcap or 0.0}
+    attend_rows = getattr(importlib.import_module(name), function)
+    out: Tensor = attend_rows(*rows, ends, ends, longest, longest, window_size=seen, **extra)
+    return out[..., :value_size]
 
 
 def blocks_of(visible: Visible, sequence: Tensor, positions: Tensor) -> BlockMask:

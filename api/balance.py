@@ -23,6 +23,11 @@ def balance(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
 
         balance([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
     """
+    return _balance(lengths, num_groups)[0]
+
+
+def _balance(lengths: Sequence[int], num_groups: int) -> tuple[list[list[int]], list[int]]:
+    """The groups, and their sums."""
     assert 0 < num_groups <= len(lengths), f"{len(lengths)} sequences cannot fill {num_groups} groups"
     # A group stands in the heap as one number, for speed: its tokens, then its sequences, then its index. So the
     # lightest is on top, and of equals the smallest: sequences of no length spread too.
@@ -36,7 +41,10 @@ def balance(lengths: Sequence[int], num_groups: int) -> list[list[int]]:
         lightest = heap[0]
         groups[lightest & group].append(at)
         heapq.heapreplace(heap, lightest + lengths[at] * token + sequence)
-    return [sorted(positions) for positions in groups]
+    loads = [0] * num_groups
+    for each in heap:
+        loads[each & group] = each >> 2 * bits
+    return [sorted(positions) for positions in groups], loads
 
 
 def plan_microbatches(
@@ -66,26 +74,28 @@ def plan_microbatches(
             f"sequence {names[order[0]]} has {longest_first[0]} tokens, and a microbatch holds whole sequences",
             f"set microbatch_tokens to {longest_first[0]} or more",
         )
-    groups = _cut(longest_first, num_ranks, max_tokens, min_count)
-    ranks = _deal(groups, longest_first, num_ranks)
+    ranks = _deal(*_cut(longest_first, num_ranks, max_tokens, min_count), num_ranks)
     return [[[order[at] for at in group] for group in rank] for rank in ranks]
 
 
-def _cut(longest_first: Sequence[int], num_ranks: int, max_tokens: int, min_count: int) -> list[list[int]]:
-    """Groups within the cap: equally many for each rank, or one for each sequence."""
+def _cut(
+    longest_first: Sequence[int], num_ranks: int, max_tokens: int, min_count: int
+) -> tuple[list[list[int]], list[int]]:
+    """Groups within the cap, and their sums: equally many for each rank, or one for each sequence."""
     most = len(longest_first) // num_ranks
     per_rank = min(max(min_count, -(-sum(longest_first) // (num_ranks * max_tokens))), most)
-    groups = balance(longest_first, num_ranks * per_rank)
-    if max(_loads(groups, longest_first)) <= max_tokens:
-        return groups
+    groups, loads = _balance(longest_first, num_ranks * per_rank)
+    if max(loads) <= max_tokens:
+        return groups, loads
     packed = _best_fit(longest_first, max_tokens)
     per_rank = max(per_rank, -(-len(packed) // num_ranks))
     if per_rank > most:
-        return [[at] for at in range(len(longest_first))]
-    groups = balance(longest_first, num_ranks * per_rank)
-    if max(_loads(groups, longest_first)) <= max_tokens:
-        return groups
-    return _halve(packed, longest_first, num_ranks * per_rank)
+        return [[at] for at in range(len(longest_first))], list(longest_first)
+    groups, loads = _balance(longest_first, num_ranks * per_rank)
+    if max(loads) <= max_tokens:
+        return groups, loads
+    groups = _halve(packed, longest_first, num_ranks * per_rank)
+    return groups, [sum(longest_first[at] for at in group) for group in groups]
 
 
 def _best_fit(longest_first: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -124,12 +134,11 @@ def _halve(groups: Sequence[list[int]], lengths: Sequence[int], count: int) -> l
     return done + [group for _, group in heap]
 
 
-def _deal(groups: Sequence[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[list[int]]]:
+def _deal(groups: Sequence[list[int]], loads: Sequence[int], num_ranks: int) -> list[list[list[int]]]:
     """Groups to ranks, one each in a round, heaviest first: the heaviest of a round to the rank that has least so far.
 
     So ranks differ by no more tokens than two groups of one round do, or, if the last round is short, than a group has.
     """
-    loads = _loads(groups, lengths)
     order = sorted(range(len(groups)), key=lambda group: (-loads[group], groups[group]))
     totals = [0] * num_ranks
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
@@ -141,7 +150,3 @@ def _deal(groups: Sequence[list[int]], lengths: Sequence[int], num_ranks: int) -
             ranks[rank].append(groups[group])
             totals[rank] += loads[group]
     return ranks
-
-
-def _loads(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[int]:
-    return [sum(lengths[at] for at in group) for group in groups]

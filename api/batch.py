@@ -13,13 +13,14 @@ The values themselves are in the workers' stores; `workers.data.packed` is this 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Annotated, Any  # Any: what a caller gives as lengths, before it is checked
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, InstanceOf, NonNegativeInt
 
-from .record import record
+from .record import record, unchecked
 
 Whole = npt.NDArray[np.int32]
 MAX_LENGTH = int(np.iinfo(np.int32).max)
@@ -86,12 +87,19 @@ class KeyColumn:
         """The samples at these positions, in this order."""
         chosen = np.asarray(positions, dtype=np.int64)
         if self.counts is None:
-            return KeyColumn(dtype=self.dtype, lengths=self.lengths[chosen], trailing=self.trailing)
+            return self._with(self.lengths[chosen])
         counts = self.counts[chosen]
         starts = (np.cumsum(self.counts) - self.counts)[chosen]
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        lengths = self.lengths[np.repeat(starts, counts) + within]
-        return KeyColumn(dtype=self.dtype, lengths=lengths, trailing=self.trailing, counts=counts)
+        return self._with(self.lengths[np.repeat(starts, counts) + within], counts)
+
+    def cut(self, ends: Sequence[int]) -> list[KeyColumn]:
+        """Parts, one after the other: where each ends."""
+        pairs = list(pairwise([0, *ends]))
+        if self.counts is None:
+            return [self._with(self.lengths[start:end]) for start, end in pairs]
+        firsts = np.concatenate([[0], np.cumsum(self.counts)]).tolist()
+        return [self._with(self.lengths[firsts[start] : firsts[end]], self.counts[start:end]) for start, end in pairs]
 
     @staticmethod
     def gather(columns: Sequence[KeyColumn]) -> KeyColumn:
@@ -101,8 +109,11 @@ class KeyColumn:
         counts = None
         if any(column.counts is not None for column in columns):
             counts = np.concatenate([_counts(column) for column in columns])
-        lengths = np.concatenate([column.lengths for column in columns])
-        return KeyColumn(dtype=first.dtype, lengths=lengths, trailing=first.trailing, counts=counts)
+        return first._with(np.concatenate([column.lengths for column in columns]), counts)
+
+    def _with(self, lengths: Whole, counts: Whole | None = None) -> KeyColumn:
+        """Of the same type."""
+        return unchecked(KeyColumn, dtype=self.dtype, lengths=lengths, trailing=self.trailing, counts=counts)
 
 
 def places_in(groups: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
@@ -139,12 +150,13 @@ class Samples:
 
     def select(self, positions: Sequence[int] | npt.NDArray[np.int64]) -> Samples:
         """The samples at these positions, in this order."""
-        columns = {name: column.select(positions) for name, column in self.keys.items()}
-        return Samples(ids=tuple(self.ids[at] for at in positions), keys=columns)
+        chosen = np.asarray(positions, dtype=np.int64)
+        columns = {name: column.select(chosen) for name, column in self.keys.items()}
+        return unchecked(Samples, ids=tuple(map(self.ids.__getitem__, chosen.tolist())), keys=columns)
 
     def only(self, keys: Iterable[str]) -> Samples:
         """With these of its keys."""
-        return Samples(ids=self.ids, keys={key: self.keys[key] for key in keys})
+        return unchecked(Samples, ids=self.ids, keys={key: self.keys[key] for key in keys})
 
     def split(self, groups: Sequence[Sequence[int]]) -> list[Samples]:
         """One part for each group of positions. `unsplit` undoes it."""
@@ -152,8 +164,12 @@ class Samples:
 
     def cut(self, sizes: Sequence[int]) -> list[Samples]:
         """Parts of these sizes, one after the other."""
-        ends = np.cumsum(np.asarray(sizes, np.int64))
-        return [self.select(np.arange(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True)]
+        ends = list(accumulate(sizes))
+        columns = {name: column.cut(ends) for name, column in self.keys.items()}
+        return [
+            unchecked(Samples, ids=self.ids[start:end], keys={name: parts[at] for name, parts in columns.items()})
+            for at, (start, end) in enumerate(pairwise([0, *ends]))
+        ]
 
     @staticmethod
     def unsplit(parts: Sequence[Samples], groups: Sequence[Sequence[int]]) -> Samples:

@@ -41,6 +41,14 @@ def message(cls: type[T]) -> type[T]:
     return made
 
 
+def unchecked(cls: type[T], **values: object) -> T:
+    """A record of values that were checked before, all of them given: a twentieth of the time."""
+    made = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
 def _checked(init: Callable[..., None]) -> Callable[..., None]:
     """Does what pydantic's own does, which it replaces: messages are made by the thousand."""
 

@@ -145,8 +145,9 @@ def draw(num_workers: int, num_samples: int, seed: int, has_stages: bool = False
 def bytes_of(part: Redistribute, parcels: Parcels) -> npt.NDArray[np.int64]:
     """Of each parcel."""
     widths = np.array([WIDTHS[key.dtype] for key in part.keys])
-    sizes = parcels.lengths.astype(np.int64) * widths[parcels.cells // len(part.ids)]
-    return np.diff(np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(parcels.num_cells)])])
+    tables = parcels.tables
+    sizes = tables.lengths.astype(np.int64) * widths[tables.cells // len(part.ids)]
+    return np.diff(np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(tables.num_cells)])])
 
 
 def payload_bytes(part: Redistribute) -> int:
@@ -168,8 +169,8 @@ def judge(situation: Situation, plan: dict[int, Redistribute]) -> dict[str, floa
     for rank, part in plan.items():
         arriving = bytes_of(part, part.incoming)
         received += int(arriving.sum())
-        entered += int(arriving[part.incoming.peers // HOST_SIZE != rank // HOST_SIZE].sum())
-        sent[rank] = bytes_of(part, part.outgoing) @ part.outgoing.num_peers
+        entered += int(arriving[part.incoming.tables.peers // HOST_SIZE != rank // HOST_SIZE].sum())
+        sent[rank] = bytes_of(part, part.outgoing) @ part.outgoing.tables.num_peers
     must_receive, must_enter = situation.bounds()
     return {
         "bytes_received_over_lower_bound": received / must_receive,

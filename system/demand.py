@@ -65,6 +65,8 @@ class Cells:
 
     ids: tuple[str, ...]
     """Of the samples."""
+    rows: Numbers
+    """Of the samples, in the storage."""
     keys: tuple[KeyType, ...]
     size_bytes: Numbers
     counts: Numbers
@@ -150,7 +152,7 @@ def _number(shares: list[_Share], storage: Storage) -> tuple[Cells, list[Numbers
     """All cells, and those that each share wants."""
     blocks = {id(share.samples): share.samples for share in shares}
     ids = list(chain.from_iterable(samples.ids for samples in blocks.values()))
-    rows = storage.rows(ids)
+    rows = np.concatenate([np.zeros(0, np.int64), *(storage.rows(samples.ids) for samples in blocks.values())])
     if (rows == NO_ROW).any() or any(not share.samples.keys.keys() >= set(share.keys) for share in shares):
         _refuse(shares, storage)
     first = np.full(storage.num_rows, NO_ROW)
@@ -159,11 +161,11 @@ def _number(shares: list[_Share], storage: Storage) -> tuple[Cells, list[Numbers
     numbers = (np.cumsum(is_first) - 1)[first[rows]]
     ends = np.cumsum([len(samples) for samples in blocks.values()], dtype=np.int64)
     positions = dict(zip(blocks, np.split(numbers, ends[:-1]), strict=False))  # none of none
-    return _describe(tuple(compress(ids, is_first.tolist())), shares, positions)
+    return _describe(tuple(compress(ids, is_first.tolist())), rows[is_first], shares, positions)
 
 
 def _describe(
-    ids: tuple[str, ...], shares: list[_Share], positions: Mapping[int, Numbers]
+    ids: tuple[str, ...], rows: Numbers, shares: list[_Share], positions: Mapping[int, Numbers]
 ) -> tuple[Cells, list[Numbers]]:
     """`positions`: the places of samples among `ids`, by the identity of their object."""
     columns: dict[tuple[int, str, str, tuple[int, ...]], dict[int, KeyColumn]] = {}
@@ -187,6 +189,7 @@ def _describe(
         num_lengths += len(column.lengths)
     table = Cells(
         ids=ids,
+        rows=rows,
         keys=tuple(KeyType(name=name, dtype=dtype, trailing=trailing) for _, name, dtype, trailing in types),
         size_bytes=size_bytes,
         counts=counts,
@@ -217,7 +220,7 @@ def _width(dtype: str) -> int:
 def _holders(needed: Numbers, cells: Cells, storage: Storage) -> tuple[Numbers, Numbers]:
     """Of each cell that is needed, how many hold it; and their ranks, ascending, one after the other."""
     keys, samples = split(needed, len(cells.ids))
-    return storage.look_up(storage.rows(cells.ids)[samples], storage.keys(key.name for key in cells.keys)[keys])
+    return storage.look_up(cells.rows[samples], storage.keys(key.name for key in cells.keys)[keys])
 
 
 def _entries(shares: list[_Share], wanted: list[Numbers], places: Places) -> tuple[Numbers, Masks]:

@@ -219,10 +219,11 @@ class Executor:
         before = call.pre_hooks if is_first else ()
         after: tuple[Hook, ...] = call.post_hooks if is_last else ()
         after += (save,) if save is not None and is_last else ()
+        distinct = {id(share): share for share in shares.values()}  # the stages of a replica are sent the same
         commands = {
-            id(share): CallModel(graph=self._graph.name, call=call.name, samples=share.samples, sizes=share.sizes)
-            for share in shares.values()
-        }  # the stages of a replica are sent the same
+            each: CallModel(graph=self._graph.name, call=call.name, samples=share.samples, sizes=share.sizes)
+            for each, share in distinct.items()
+        }
         by_rank = {rank: commands[id(share)] for rank, share in shares.items()}
         return self._ask(by_rank, firing.step, f"call {call.name}", Lane.COMPUTE, before, after)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .demand import Cells, Demand, Places, split
 from .routing import NUM_WAVES, Hops
-from .rpc.parcels import KINDS, Parcels, Redistribute, StepKind, Whole
+from .rpc.parcels import KINDS, NONE, NUM_TABLES, Parcels, Redistribute, StepKind, Tables, Whole
 from .storage import Numbers, distinct, spans, starts_of_runs
 
 Messages = dict[int, Redistribute]
@@ -118,35 +118,45 @@ class _Side:
         """`parcels` are those that the workers have, and `num_peers` theirs; `peers`, of all of them, parcel by parcel.
         `starts`: where each worker's begin, and where the last one's end."""
         starts = starts - starts[0]
-        self._kinds, self._waves, self._num_cells = plan.kind[parcels], plan.wave[parcels], plan.num_cells[parcels]
-        self._num_peers, self._peers = num_peers, peers
-        self.cells = plan.cells[spans(plan.first_cell[parcels], self._num_cells)].astype(np.int64)
+        num_cells = plan.num_cells[parcels]
+        self.cells = plan.cells[spans(plan.first_cell[parcels], num_cells)].astype(np.int64)
         """Parcel by parcel."""
-        first_cell = _ends(self._num_cells)[starts]
+        first_cell = _ends(num_cells)[starts]
         self.seats = np.repeat(np.arange(len(starts) - 1), np.diff(first_cell))
         """Of each of the cells: which of the workers has it."""
-        self._counts, first_length, which = None, first_cell, cells.starts[self.cells]
+        counts, first_length, which = NONE, first_cell, cells.starts[self.cells]
         if cells.has_counts:
-            counts = cells.counts[self.cells]
-            self._counts, first_length = counts.astype(np.int32), _ends(counts)[first_cell]
-            which = spans(which, counts)
-        self._lengths = cells.lengths[which]
-        self._starts = [each.tolist() for each in (starts, _ends(num_peers)[starts], first_cell, first_length)]
-        """Of parcels, peers, cells and lengths, by worker."""
-
-    def parcels(self, seat: int, numbers: Whole) -> Parcels:
-        """`numbers`: of all the cells, each as its worker is told of it."""
-        parcels, peers, cells, lengths = (slice(*starts[seat : seat + 2]) for starts in self._starts)
-        return Parcels(
-            kinds=self._kinds[parcels],
-            waves=self._waves[parcels],
-            num_peers=self._num_peers[parcels],
-            peers=self._peers[peers],
-            num_cells=self._num_cells[parcels],
-            cells=numbers[cells],
-            counts=None if self._counts is None else self._counts[cells],
-            lengths=self._lengths[lengths],
+            num_lengths = cells.counts[self.cells]
+            counts, first_length = num_lengths.astype(np.int32), _ends(num_lengths)[first_cell]
+            which = spans(which, num_lengths)
+        self._tables = Tables(
+            kinds=plan.kind[parcels],
+            waves=plan.wave[parcels],
+            num_peers=num_peers,
+            num_cells=num_cells,
+            peers=peers,
+            cells=NONE,
+            counts=counts,
+            lengths=cells.lengths[which],
         )
+        """Worker by worker; cells are not known yet."""
+        of_peers, of_cells, of_lengths = (
+            np.diff(each) for each in (_ends(num_peers)[starts], first_cell, first_length)
+        )
+        of_counts = of_cells if cells.has_counts else np.zeros_like(of_cells)
+        self._sizes = np.stack([*4 * [np.diff(starts)], of_peers, of_cells, of_counts, of_lengths])
+        """`[table, worker]`"""
+
+    def parcels(self, cells: Whole) -> list[Parcels]:
+        """Of each worker. `cells`: all of them, each as its worker is told of it."""
+        tables, sizes = self._tables._replace(cells=cells), self._sizes
+        first = _ends(NUM_TABLES + sizes.sum(axis=0))
+        numbers = np.empty(first[-1], np.int32)
+        numbers[first[:-1] + np.arange(NUM_TABLES)[:, None]] = sizes
+        starts = first[:-1] + NUM_TABLES + np.cumsum(sizes, axis=0) - sizes
+        for table, start, size in zip(tables, starts, sizes, strict=True):
+            numbers[spans(start, size)] = table
+        return [Parcels(numbers=numbers[start:end]) for start, end in pairwise(first.tolist())]
 
 
 def _messages(
@@ -160,13 +170,14 @@ def _messages(
     names, ids = all_keys[keys].tolist(), all_ids[samples].tolist()
     numbers = (key_places * np.diff(first_sample)[seats] + sample_places).astype(np.int32)
     of_sent, of_received = np.split(numbers, [len(sent.cells)])
+    outgoing, incoming = sent.parcels(of_sent), received.parcels(of_received)
     return {
         first_rank + seat: Redistribute(
             tag=tag,
             ids=tuple(ids[slice(*first_sample[seat : seat + 2])]),
             keys=tuple(names[slice(*first_key[seat : seat + 2])]),
-            outgoing=sent.parcels(seat, of_sent),
-            incoming=received.parcels(seat, of_received),
+            outgoing=outgoing[seat],
+            incoming=incoming[seat],
         )
         for seat in distinct(seats).tolist()
     }

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 from ..api.algorithms import Generation
 from ..api.balance import plan_microbatches
@@ -52,20 +54,23 @@ def _shares(call: ModelFunctionCall, minibatch: Samples, placed: PlacedModel) ->
     lengths = minibatch.sizes(call.inputs[0])
     if isinstance(call.settings, Generation):
         lengths = tuple(length + call.settings.sampling.max_new_tokens for length in lengths)
-    plan = _planned(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
-    shares = [
-        Share(minibatch.select(np.concatenate(microbatches).astype(np.int64)), tuple(map(len, microbatches)))
-        for microbatches in plan
-    ]
+    order, sizes = _planned(lengths, layout.dp, spec.max_tokens, spec.min_count, minibatch.ids)
+    parts = minibatch.select(order).cut([sum(each) for each in sizes])
+    shares = [Share(*each) for each in zip(parts, sizes, strict=True)]
     return {rank: shares[place // layout.pp] for place, rank in enumerate(placed.ranks)}
 
 
 @lru_cache(maxsize=4)
 def _planned(
     lengths: tuple[int, ...], num_ranks: int, max_tokens: int, min_count: int, names: tuple[str, ...]
-) -> list[list[list[int]]]:
-    """Calls of a step that read the same sequences are cut alike, and once. Leave it as it is."""
-    return plan_microbatches(lengths, num_ranks, max_tokens, min_count, names)
+) -> tuple[npt.NDArray[np.int64], list[tuple[int, ...]]]:
+    """Positions, replica by replica and microbatch by microbatch, and by replica the sizes of its microbatches.
+
+    Calls of a step that read the same sequences are cut alike, and once. Leave it as it is.
+    """
+    plan = plan_microbatches(lengths, num_ranks, max_tokens, min_count, names)
+    order = chain.from_iterable(chain.from_iterable(plan))
+    return np.fromiter(order, np.int64), [tuple(map(len, microbatches)) for microbatches in plan]
 
 
 def read_by(minibatches: Sequence[Shares]) -> dict[int, Samples]:

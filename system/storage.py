@@ -8,7 +8,7 @@ A holding is a number, and all of them are one sorted array; what is added is ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,8 @@ class Storage:
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
+        self._known: dict[tuple[str, ...], Numbers] = {}
+        """Rows that were looked up together, since the last release."""
         self._free_rows: list[int] = []
         self._keys: dict[str, int] = {}
         self._holdings: Numbers = np.zeros(0, np.int64)
@@ -46,13 +48,16 @@ class Storage:
 
     def holders(self, sequence: str, key: str) -> tuple[int, ...]:
         """In ascending order."""
-        _, ranks = self.look_up(self.rows([sequence]), self.keys([key]))
+        _, ranks = self.look_up(self.rows((sequence,)), self.keys([key]))
         return tuple(ranks.tolist())
 
-    def rows(self, sequences: Iterable[str]) -> Numbers:
+    def rows(self, sequences: tuple[str, ...]) -> Numbers:
         """The number of each sequence, below `num_rows`, until it is released; `NO_ROW` where nobody holds anything."""
         self._take_in()
-        return np.fromiter(map(self._rows.get, sequences, repeat(NO_ROW)), np.int64)
+        known = self._known.get(sequences)
+        if known is None:
+            known = np.fromiter(map(self._rows.get, sequences, repeat(NO_ROW)), np.int64)
+        return known
 
     @property
     def num_rows(self) -> int:
@@ -76,6 +81,7 @@ class Storage:
         """Forgets sequences; returns who has to forget which."""
         self._take_in()
         rows = np.fromiter(map(self._rows.pop, sequences), np.int64)
+        self._known.clear()
         place = np.full(self.num_rows + len(rows), NO_ROW)
         place[rows] = np.arange(len(rows))
         holdings = self._holdings
@@ -96,17 +102,16 @@ class Storage:
         return len(self._rows)
 
     def _take_in(self) -> None:
-        """What was added. Workers of a replica come to hold the same sequences: these are looked up once."""
+        """What was added. Workers hold the same sequences again and again: these are looked up once."""
         if not self._added:
             return
-        shares = {id(samples.ids): samples.ids for _, samples in self._added}
-        for identity in dict.fromkeys(chain.from_iterable(shares.values())):
-            if identity not in self._rows:
-                self._rows[identity] = self._free_rows.pop() if self._free_rows else len(self._rows)
-        rows = {share: np.fromiter(map(self._rows.__getitem__, ids), np.int64) for share, ids in shares.items()}
+        rows: dict[int, Numbers] = {}
+        """By the identity of who is looked up."""
         alike: dict[tuple[str, ...], list[tuple[int, Numbers]]] = {}
         """Ranks and rows, by the keys that they hold."""
         for rank, samples in self._added:
+            if id(samples.ids) not in rows:
+                rows[id(samples.ids)] = self._numbered(samples.ids)
             alike.setdefault(tuple(samples.keys), []).append((rank, rows[id(samples.ids)]))
         parts = [self._holdings]
         for names, held in alike.items():
@@ -120,6 +125,15 @@ class Storage:
         self._added.clear()
         self._holdings = distinct(np.concatenate(parts))
         self._index()
+
+    def _numbered(self, sequences: tuple[str, ...]) -> Numbers:
+        """Rows of sequences that may be new."""
+        if sequences not in self._known:
+            for identity in sequences:
+                if identity not in self._rows:
+                    self._rows[identity] = self._free_rows.pop() if self._free_rows else len(self._rows)
+            self._known[sequences] = np.fromiter(map(self._rows.__getitem__, sequences), np.int64)
+        return self._known[sequences]
 
     def _index(self) -> None:
         """`_starts` says where the holdings of each cell begin, row by row; behind each row's keys is none's."""

@@ -8,7 +8,7 @@
               num_cells  2        1          cells  0 1 | 3        lengths  5 7 | 1
 
 A worker has hundreds of parcels, mostly of a cell or two. A record for each would take longer than the plan itself and
-fill the message with names; so they are columns of numbers on the wire, and `Parcel`s for who reads them.
+fill the message with names; so they are tables of numbers on the wire, and `Parcel`s for who reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ class StepKind(StrEnum):
     """The same part to several."""
 
 
+NUM_TABLES = 8
 KINDS = tuple(StepKind)
 """On the wire a kind is its place here."""
 
@@ -69,59 +70,67 @@ class KeyType:
     trailing: tuple[NonNegativeInt, ...] = ()
 
 
-@message
-class Parcels:
+class Tables(NamedTuple):
     """Parcels of one direction, in order of their waves; those of one pair are in one order on both sides."""
 
-    kinds: Lengths
+    kinds: Whole
     """Places in `KINDS`."""
-    waves: Lengths
-    num_peers: Lengths
+    waves: Whole
+    num_peers: Whole
     """Of each parcel, at least one."""
-    peers: Lengths
-    """Ranks, parcel by parcel."""
-    num_cells: Lengths
+    num_cells: Whole
     """Of each parcel."""
-    cells: Lengths
+    peers: Whole
+    """Ranks, parcel by parcel."""
+    cells: Whole
     """Parcel by parcel, in the order in which they lie in its buffer."""
-    counts: Lengths | None = None
-    """How many sequences each cell has; None for one each."""
-    lengths: Lengths
+    counts: Whole
+    """How many sequences each cell has; empty for one each."""
+    lengths: Whole
     """Of the sequences, cell by cell."""
+
+
+@message
+class Parcels:
+    """`Tables`, one after the other, behind their sizes: one array is written and read faster than eight."""
+
+    numbers: Lengths
+
+    @staticmethod
+    def of(tables: Tables) -> Parcels:
+        return Parcels(numbers=np.concatenate([np.array([*map(len, tables)], np.int32), *tables]))
+
+    @property
+    def tables(self) -> Tables:
+        ends = np.cumsum([NUM_TABLES, *self.numbers[:NUM_TABLES].tolist()]).tolist()
+        return Tables(*(self.numbers[start:end] for start, end in pairwise(ends)))
 
     def __post_init__(self) -> None:
         """For what comes from the wire."""
-        if not len(self.kinds) == len(self.waves) == len(self.num_peers) == len(self.num_cells):
-            raise ValueError(f"there are {len(self.kinds)} kinds: as many waves, num_peers and num_cells are needed")
-        num_lengths = len(self.cells) if self.counts is None else int(self.counts.sum())
-        expected = {"peers": int(self.num_peers.sum()), "cells": int(self.num_cells.sum()), "lengths": num_lengths}
+        announced = NUM_TABLES + int(self.numbers[:NUM_TABLES].sum(dtype=np.int64))
+        if len(self.numbers) != announced:
+            raise ValueError(f"there are {len(self.numbers)} numbers, where {announced} are announced")
+        tables = self.tables
+        if not len(tables.kinds) == len(tables.waves) == len(tables.num_peers) == len(tables.num_cells):
+            raise ValueError(f"there are {len(tables.kinds)} kinds: as many waves, num_peers and num_cells are needed")
+        if len(tables.counts) not in (0, len(tables.cells)):
+            raise ValueError(f"there are {len(tables.counts)} counts of {len(tables.cells)} cells")
+        num_lengths = int(tables.counts.sum(dtype=np.int64)) if len(tables.counts) else len(tables.cells)
+        expected = {
+            "peers": int(tables.num_peers.sum(dtype=np.int64)),
+            "cells": int(tables.num_cells.sum(dtype=np.int64)),
+            "lengths": num_lengths,
+        }
         for name, count in expected.items():
-            if len(getattr(self, name)) != count:
-                raise ValueError(f"there are {len(getattr(self, name))} {name}, where {count} are announced")
-        if self.counts is not None and len(self.counts) != len(self.cells):
-            raise ValueError(f"there are {len(self.counts)} counts of {len(self.cells)} cells")
-        if len(self.kinds) and (self.kinds.max() >= len(KINDS) or self.num_peers.min() < 1):
+            if len(getattr(tables, name)) != count:
+                raise ValueError(f"there are {len(getattr(tables, name))} {name}, where {count} are announced")
+        if len(tables.kinds) and (tables.kinds.max() >= len(KINDS) or tables.num_peers.min() < 1):
             raise ValueError(f"a kind is below {len(KINDS)}, and a parcel has a peer")
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Parcels):
-            return NotImplemented
-        return all(np.array_equal(mine, theirs) for mine, theirs in zip(self.columns(), other.columns(), strict=True))
+        return np.array_equal(self.numbers, other.numbers) if isinstance(other, Parcels) else NotImplemented
 
     __hash__ = None  # type: ignore[assignment]  # arrays can change
-
-    def columns(self) -> tuple[Whole, ...]:
-        counts = np.ones(len(self.cells), np.int32) if self.counts is None else self.counts
-        return (
-            self.kinds,
-            self.waves,
-            self.num_peers,
-            self.peers,
-            self.num_cells,
-            self.cells,
-            counts,
-            self.lengths,
-        )
 
 
 @message
@@ -140,42 +149,42 @@ class Redistribute:
     def __post_init__(self) -> None:
         """For what comes from the wire."""
         num_cells = len(self.ids) * len(self.keys)
-        for parcels in (self.outgoing, self.incoming):
-            if len(parcels.cells) and parcels.cells.max() >= num_cells:
-                raise ValueError(f"cell {parcels.cells.max()} of {len(self.ids)} samples with {len(self.keys)} keys")
+        for cells in (self.outgoing.tables.cells, self.incoming.tables.cells):
+            if len(cells) and cells.max() >= num_cells:
+                raise ValueError(f"cell {cells.max()} of {len(self.ids)} samples with {len(self.keys)} keys")
 
     @property
     def sends(self) -> tuple[Parcel, ...]:
-        return tuple(self._read(self.outgoing))
+        return tuple(self._read(self.outgoing.tables))
 
     @property
     def receives(self) -> tuple[Parcel, ...]:
-        return tuple(self._read(self.incoming))
+        return tuple(self._read(self.incoming.tables))
 
-    def _read(self, parcels: Parcels) -> Iterable[Parcel]:
-        counts, lengths = parcels.columns()[-2:]
+    def _read(self, tables: Tables) -> Iterable[Parcel]:
+        counts = tables.counts if len(tables.counts) else np.ones(len(tables.cells), np.int32)
         peers_to, cells_to, lengths_to = (
-            np.concatenate([[0], np.cumsum(each)]) for each in (parcels.num_peers, parcels.num_cells, counts)
+            np.concatenate([[0], np.cumsum(each)]) for each in (tables.num_peers, tables.num_cells, counts)
         )
-        for at in range(len(parcels.kinds)):
+        for at in range(len(tables.kinds)):
             start, stop = int(cells_to[at]), int(cells_to[at + 1])
-            places, positions = np.divmod(parcels.cells[start:stop], max(1, len(self.ids)))
+            places, positions = np.divmod(tables.cells[start:stop], max(1, len(self.ids)))
             turns = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), stop - start] if stop > start else []
             blocks = []
             for first, last in pairwise(turns):
                 key = self.keys[places[first]]
                 column = KeyColumn(
                     dtype=key.dtype,
-                    lengths=lengths[lengths_to[start + first] : lengths_to[start + last]],
+                    lengths=tables.lengths[lengths_to[start + first] : lengths_to[start + last]],
                     trailing=key.trailing,
-                    counts=None if parcels.counts is None else counts[start + first : start + last],
+                    counts=counts[start + first : start + last] if len(tables.counts) else None,
                 )
                 ids = tuple(self.ids[position] for position in positions[first:last])
                 blocks.append(Samples(ids=ids, keys={key.name: column}))
             yield Parcel(
-                kind=KINDS[parcels.kinds[at]],
-                wave=int(parcels.waves[at]),
-                peers=tuple(parcels.peers[peers_to[at] : peers_to[at + 1]].tolist()),
+                kind=KINDS[tables.kinds[at]],
+                wave=int(tables.waves[at]),
+                peers=tuple(tables.peers[peers_to[at] : peers_to[at + 1]].tolist()),
                 blocks=tuple(blocks),
             )
 
@@ -210,15 +219,17 @@ def _columns(parcels: Sequence[Parcel], at: dict[str, int], keys: tuple[KeyType,
                 numbers += [start + at[identity] for identity in block.ids]
                 columns.append(column)
     counts = [np.ones(len(column), np.int32) if column.counts is None else column.counts for column in columns]
-    return Parcels(
-        kinds=_whole(KINDS.index(parcel.kind) for parcel in parcels),
-        waves=_whole(parcel.wave for parcel in parcels),
-        num_peers=_whole(len(parcel.peers) for parcel in parcels),
-        peers=_whole(peer for parcel in parcels for peer in parcel.peers),
-        num_cells=_whole(len(numbers) for numbers in cells),
-        cells=_whole(number for numbers in cells for number in numbers),
-        counts=np.concatenate([NONE, *counts]) if any(column.counts is not None for column in columns) else None,
-        lengths=np.concatenate([NONE, *(column.lengths for column in columns)]),
+    return Parcels.of(
+        Tables(
+            kinds=_whole(KINDS.index(parcel.kind) for parcel in parcels),
+            waves=_whole(parcel.wave for parcel in parcels),
+            num_peers=_whole(len(parcel.peers) for parcel in parcels),
+            num_cells=_whole(len(numbers) for numbers in cells),
+            peers=_whole(peer for parcel in parcels for peer in parcel.peers),
+            cells=_whole(number for numbers in cells for number in numbers),
+            counts=np.concatenate([NONE, *counts]) if any(column.counts is not None for column in columns) else NONE,
+            lengths=np.concatenate([NONE, *(column.lengths for column in columns)]),
+        )
     )
 
 

@@ -21,6 +21,9 @@ _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for the server to notice."""
 _CONNECTIONS_PER_THREAD = 512
 _CLOSED_ADDRESS = "inproc://closed"
+_CROWD, _PAUSE_S = 128, 0.002
+"""So many connections have their messages gathered for that long: a turn of the event loop for each costs as much as
+what is in it, and two thousandths of a second are little beside a step of so many workers."""
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
 _EVENTS, _READABLE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
@@ -49,7 +52,7 @@ class Port:
         self._closed.setsockopt(zmq.RCVHWM, 0)  # a full queue would halt ZeroMQ's I/O thread
         self._router = self._bound(address, silence_s)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._is_open, self._is_drain_due = True, False
+        self._is_open, self._is_drain_due, self._is_crowded = True, False, num_connections >= _CROWD
 
     def _bound(self, address: str, silence_s: float) -> zmq.Socket[bytes]:
         """Raises `ConfigError` if the address cannot be had."""
@@ -145,9 +148,18 @@ class Port:
 
     def _awake(self) -> None:
         """The descriptor says that there is something: a message, almost always. Who waits for it comes before more."""
+        if self._is_crowded:
+            self._loop.remove_reader(self._router.fileno())
+            self._loop.call_later(_PAUSE_S, self._resume)
+            return
         with contextlib.suppress(zmq.Again):
             self._pass_on()
         self._drain_soon()
+
+    def _resume(self) -> None:
+        if self._is_open:
+            self._loop.add_reader(self._router.fileno(), self._awake)
+            self.drain()
 
     def _pass_on(self) -> None:
         if self._gate is None:

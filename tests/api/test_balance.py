@@ -213,11 +213,13 @@ def test_ranks_differ_where_the_cap_forbids_equal_numbers():
 def test_the_number_of_microbatches_is_not_searched_for_step_by_step(monkeypatch: pytest.MonkeyPatch):
     cuts = []
 
-    def counted(lengths: list[int], num_groups: int) -> list[list[int]]:
-        cuts.append(num_groups)
-        return balance(lengths, num_groups)
+    original = module._balance
 
-    monkeypatch.setattr(module, "balance", counted)
+    def counted(lengths: list[int], num_groups: int) -> tuple[list[list[int]], list[int]]:
+        cuts.append(num_groups)
+        return original(lengths, num_groups)
+
+    monkeypatch.setattr(module, "_balance", counted)
     (rank,) = plan_microbatches([51] * 1000, 1, 100, 1, [f"s{at}" for at in range(1000)])
     assert len(rank) == 1000
     assert cuts == [510, 1000]

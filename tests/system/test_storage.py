@@ -70,7 +70,7 @@ def test_holders_of_many_are_looked_up_at_once():
     storage = Storage()
     storage.add(1, samples("a", "b", keys=("tokens", "mask")))
     storage.add(0, samples("b"))
-    rows, keys = storage.rows(["b", "z", "a", "b"]), storage.keys(["tokens", "tokens", "mask", "unheard"])
+    rows, keys = storage.rows(("b", "z", "a", "b")), storage.keys(["tokens", "tokens", "mask", "unheard"])
     counts, ranks = storage.look_up(rows, keys)
     assert counts.tolist() == [2, 0, 1, 0]
     assert ranks.tolist() == [0, 1, 1]

@@ -24,23 +24,24 @@ MADE = Redistribute.of(tag=3, sends=SENDS, receives=RECEIVES)
 
 
 def wire(parcels: Parcels) -> dict[str, object]:
-    return {name: getattr(parcels, name) for name in Parcels.__dataclass_fields__}
+    return {"numbers": parcels.numbers}
 
 
-def from_wire(**changes: object) -> Parcels:
-    return TypeAdapter(Parcels).validate_python(wire(MADE.outgoing) | changes)
+def from_wire(**changes: list[int]) -> Parcels:
+    columns = {name: np.array(numbers, np.int32) for name, numbers in changes.items()}
+    return TypeAdapter(Parcels).validate_python(wire(Parcels.of(MADE.outgoing.tables._replace(**columns))))
 
 
 def test_parcels_are_read_as_they_were_made():
     assert MADE.sends == SENDS
     assert MADE.receives == RECEIVES
     assert MADE.ids == ("a", "c", "b")
-    assert MADE.outgoing.cells.tolist() == [0, 1, 3, 5, 4, 2]
+    assert MADE.outgoing.tables.cells.tolist() == [0, 1, 3, 5, 4, 2]
 
 
 def test_without_several_sequences_there_are_no_counts():
-    assert MADE.incoming.counts is None
-    assert MADE.incoming.lengths.tolist() == [4]
+    assert not len(MADE.incoming.tables.counts)
+    assert MADE.incoming.tables.lengths.tolist() == [4]
     assert Redistribute.of(tag=0).sends == ()
 
 
@@ -93,12 +94,27 @@ def test_equality_is_by_value():
         ({"kinds": [0, 4]}, "a kind is below 4"),
         ({"num_peers": [0, 3]}, "a parcel has a peer"),
         ({"cells": [-1, 0, 0, 0, 0, 0]}, "must lie between 0 and"),
-        ({"peers": np.zeros((3, 1), np.int32)}, "must be a list of whole numbers"),
     ],
 )
-def test_columns_from_the_wire_must_fit_together(changes: dict[str, object], rule: str):
+def test_tables_from_the_wire_must_fit_together(changes: dict[str, list[int]], rule: str):
     with pytest.raises(ValidationError, match=rule):
         from_wire(**changes)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rule"),
+    [
+        ([], "there are 0 numbers, where 8 are announced"),
+        ([1, 1, 1], "there are 3 numbers, where 11 are announced"),
+        ([2**31 - 1] * 8, "there are 8 numbers, where 17179869184 are announced"),
+        ([1, *[0] * 7, 0], "as many waves, num_peers and num_cells are needed"),
+        ([-1] * 8, "must lie between 0 and"),
+        (np.zeros((8, 1), np.int32), "must be a list of whole numbers"),
+    ],
+)
+def test_numbers_from_the_wire_must_be_tables(numbers: object, rule: str):
+    with pytest.raises(ValidationError, match=rule):
+        TypeAdapter(Parcels).validate_python({"numbers": numbers})
 
 
 def test_cells_from_the_wire_must_exist():

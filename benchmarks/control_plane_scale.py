@@ -271,7 +271,7 @@ async def profiled(step: Callable[[], Any]) -> dict[str, Any]:
             ("decoding", codec, "decode_body", None),
             ("sending", Port, "send", counted(Port.send, 2)),
             ("receiving", Port, "drain", None),
-            ("receiving", Port, "_pass_on", None),
+            ("receiving", Port, "_awake", None),
             ("receiving", Server, "_take", counted(Server._take, 3)),
         ):
             original = getattr(owner, name)

@@ -285,7 +285,9 @@ class Swarm:
 
     def _obey(self, route: bytes, worker: SimulatedWorker, message: Message) -> None:
         if isinstance(message, Request):
-            worker.link.post(codec.encode_body(worker.answer(message)))
+            reply = worker.answer(message)
+            if not message.is_silent:
+                worker.link.post(codec.encode_body(reply))
         elif isinstance(message, Shutdown):
             self._num_left -= 1
             self._beat(route, worker)  # acknowledges it

@@ -157,9 +157,10 @@ class Executor:
         self._begin(firing, self._run_model(firing, call, self._cuts.pop(firing), save))
 
     def _release(self, sequences: tuple[str, ...]) -> None:
-        commands = {rank: ReleaseCommand(ids=ids) for rank, ids in self._storage.release(sequences).items()}
-        asked = self._ask(commands, 0, "release", Lane.TRANSFER)
-        self._group.create_task(settle(self._server, asked), name="release")
+        by_ids: dict[tuple[str, ...], ReleaseCommand] = {}  # stages of a replica hold the same
+        released = self._storage.release(sequences)
+        commands = {rank: by_ids.setdefault(ids, ReleaseCommand(ids=ids)) for rank, ids in released.items()}
+        self._server.tell(commands, self._deadline_s, Lane.TRANSFER)
 
     def _complete(self, complete: Complete) -> None:
         step = self._steps.pop(complete.step)

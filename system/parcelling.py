@@ -7,6 +7,7 @@ several gathers; what remains is direct.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -147,8 +148,8 @@ class _Side:
         self._sizes = np.stack([*4 * [np.diff(starts)], of_peers, of_cells, of_counts, of_lengths])
         """`[table, worker]`"""
 
-    def parcels(self, cells: Whole) -> list[Parcels]:
-        """Of each worker. `cells`: all of them, each as its worker is told of it."""
+    def parcels(self, cells: Whole) -> Callable[[int], Parcels]:
+        """Of one worker or another. `cells`: all of them, each as its worker is told of it."""
         tables, sizes = self._tables._replace(cells=cells), self._sizes
         first = _ends(NUM_TABLES + sizes.sum(axis=0))
         numbers = np.empty(first[-1], np.int32)
@@ -156,7 +157,8 @@ class _Side:
         starts = first[:-1] + NUM_TABLES + np.cumsum(sizes, axis=0) - sizes
         for table, start, size in zip(tables, starts, sizes, strict=True):
             numbers[spans(start, size)] = table
-        return [Parcels(numbers=numbers[start:end]) for start, end in pairwise(first.tolist())]
+        bounds = first.tolist()
+        return lambda worker: Parcels(numbers=numbers[slice(*bounds[worker : worker + 2])])
 
 
 def _messages(
@@ -176,8 +178,8 @@ def _messages(
             tag=tag,
             ids=tuple(ids[slice(*first_sample[seat : seat + 2])]),
             keys=tuple(names[slice(*first_key[seat : seat + 2])]),
-            outgoing=outgoing[seat],
-            incoming=incoming[seat],
+            outgoing=outgoing(seat),
+            incoming=incoming(seat),
         )
         for seat in distinct(seats).tolist()
     }

@@ -154,6 +154,10 @@ class Client:
         if is_readable:
             self._dealer.wake()
 
+    def finish(self, request: Request) -> None:
+        """A silent one is executed."""
+        self._executing.pop(request.id, None)
+
     @property
     def is_connected(self) -> bool:
         """Whether the master was heard on the connection that is open."""

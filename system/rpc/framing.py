@@ -17,7 +17,7 @@ import zmq
 
 from ...api.errors import ProtocolError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_BODY_BYTES = 64 * 2**20
 """Of a message without its arrays, and of each of them."""
 MAX_ARRAYS = 64

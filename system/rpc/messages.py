@@ -4,7 +4,7 @@
       | -- Register ------------> |      who I am, what I would run
       | <------------ Welcome --- |      your rank, this run's epoch      (or Refuse)
       | <------------ Request --- |      a command with hooks, on a lane
-      | -- Reply ---------------> |      a result, or an error with its traceback
+      | -- Reply ---------------> |      a result, or an error with its traceback; none to a silent request
       | <------------- Cancel --- |      nobody waits for that request any more
       | <--------------- Ping --- |      every second, or more seldom with many workers
       | -- Heartbeat -----------> |      at once, if the interpreter lets it; by itself where no ping comes
@@ -30,7 +30,7 @@ Word = Annotated[str, Field(max_length=256, pattern=r"^\P{Cc}*$")]
 """What ends up in logs: short, and on one line."""
 HEARTBEAT_S = 1.0
 """Seconds between two pings of a worker, and so between two of its heartbeats; `seldomness` times that with many."""
-_PINGED_EACH_S = 128
+_PINGED_EACH_S = 64
 """Workers at most: the master hears as many heartbeats. They tell who is unresponsive, which is no loss, and bring
 acknowledgements; a connection that closed or fell silent is found without them."""
 
@@ -165,6 +165,8 @@ class Request:
     command: Command
     pre_hooks: tuple[Hook, ...] = ()
     post_hooks: tuple[Hook, ...] = ()
+    is_silent: bool = False
+    """Whether nobody waits for a reply. There is none, and a worker that fails at it ends."""
 
 
 @record

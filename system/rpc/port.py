@@ -26,6 +26,8 @@ _CROWD, _PAUSE_S = 128, 0.002
 what is in it, and two thousandths of a second are little beside a step of so many workers."""
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
+_Received = tuple[bytes, list[framing.Frame], Holder | None]
+"""The connection's name, the frames, and with keys who sent them."""
 _EVENTS, _READABLE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
 
 
@@ -138,13 +140,17 @@ class Port:
         return True
 
     def drain(self) -> None:
-        """Passes on what has arrived."""
+        """Passes on what has arrived. All is received first: to do one thing often is faster than two by turns."""
         self._is_drain_due = False
-        for _ in range(_DRAINED_AT_ONCE):
-            if not self._is_open or not int(self._router.getsockopt(_EVENTS)) & _READABLE:  # cheaper than to fail
-                return
-            self._pass_on()
-        self._drain_soon()  # others on the loop have their turn
+        received = []
+        while self._is_open and int(self._router.getsockopt(_EVENTS)) & _READABLE:  # cheaper than to fail
+            received.append(self._receive())
+            if len(received) == _DRAINED_AT_ONCE:
+                self._drain_soon()  # others on the loop have their turn
+                break
+        for each in received:
+            if self._is_open:
+                self._take(*each)
 
     def _awake(self) -> None:
         """The descriptor says that there is something: a message, almost always. Who waits for it comes before more."""
@@ -153,7 +159,7 @@ class Port:
             self._loop.call_later(_PAUSE_S, self._resume)
             return
         with contextlib.suppress(zmq.Again):
-            self._pass_on()
+            self._take(*self._receive())
         self._drain_soon()
 
     def _resume(self) -> None:
@@ -161,12 +167,11 @@ class Port:
             self._loop.add_reader(self._router.fileno(), self._awake)
             self.drain()
 
-    def _pass_on(self) -> None:
+    def _receive(self) -> _Received:
         if self._gate is None:
-            self._take(self._router.recv(_NOBLOCK), framing.receive(self._router), None)
-        else:
-            first = self._router.recv(_NOBLOCK, copy=False)
-            self._take(first.bytes, framing.receive(self._router), self._gate.sender(first))
+            return self._router.recv(_NOBLOCK), framing.receive(self._router), None
+        first = self._router.recv(_NOBLOCK, copy=False)
+        return first.bytes, framing.receive(self._router), self._gate.sender(first)
 
     def is_allowed(self, holder: Holder) -> bool:
         """Whether a key is still its holder's."""

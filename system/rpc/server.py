@@ -222,15 +222,36 @@ class Server:
         for peer in peers.values():
             if len(peer.pending) >= MAX_PENDING:
                 raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
+        start_s = self._loop.time()
+        identity = self._post(commands, start_s, deadline_s, lane, step, pre_hooks, post_hooks)
+        asked = kind(self._loop, identity, name, step, start_s, deadline_s, self._cancel)  # while it travels
+        asked.wait_for(peers, _LATE_GRACE_S)
+        return asked
+
+    def tell(self, commands: Mapping[int, Command], deadline_s: float, lane: Lane) -> None:
+        """Has workers do, in its turn on the lane, what they cannot fail at: nobody waits for them to say so."""
+        self._post(commands, self._loop.time(), deadline_s, lane, is_silent=True)
+
+    def _post(
+        self,
+        commands: Mapping[int, Command],
+        start_s: float,
+        deadline_s: float,
+        lane: Lane,
+        step: int = 0,
+        pre_hooks: tuple[Hook, ...] = (),
+        post_hooks: tuple[Hook, ...] = (),
+        is_silent: bool = False,
+    ) -> int:
+        """Returns the number by which workers know the request."""
         self._num_requests += 1
-        identity, start_s = self._num_requests, self._loop.time()
         last: Command | None = None
         for rank, command in commands.items():
             if command is not last:
                 request = Request(
                     run=self.run,
                     epoch=self.epoch,
-                    id=identity,
+                    id=self._num_requests,
                     lane=lane,
                     deadline_s=deadline_s,
                     submitted_s=start_s,
@@ -238,13 +259,13 @@ class Server:
                     command=command,
                     pre_hooks=pre_hooks,
                     post_hooks=post_hooks,
+                    is_silent=is_silent,
                 )
                 last, body = command, codec.encode_body(request)
-            if peers[rank].lost is None:
-                self._outgoing.post(peers[rank], body)
-        asked = kind(self._loop, identity, name, step, start_s, deadline_s, self._cancel)  # while it travels
-        asked.wait_for(peers, _LATE_GRACE_S)
-        return asked
+            peer = self.roster.by_rank[rank]
+            if peer.lost is None:
+                self._outgoing.post(peer, body)
+        return self._num_requests
 
     def probe(self) -> None:
         """Pings every worker now, to learn at once of connections that have closed."""
@@ -360,7 +381,7 @@ class Server:
             peer.check_heartbeats(now_s, HEARTBEAT_S * self._seldomness)
         if not is_probed:
             self._outgoing.ping(turn)
-        for peer in peers:
+        for peer in peers[self._num_ticks % self._seldomness :: self._seldomness]:
             if peer.link.is_due(now_s):
                 self._outgoing.flush(peer)
             if peer.holder is not None and not self._port.is_allowed(peer.holder):

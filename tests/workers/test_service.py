@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -40,6 +41,7 @@ from trainmaster.system.rpc.commands import (
     Save,
 )
 from trainmaster.system.rpc.messages import Lane, Reply, Request, Success, Welcome
+from trainmaster.workers import service as module
 from trainmaster.workers.handlers import Handlers
 from trainmaster.workers.memory import Room
 from trainmaster.workers.service import Worker
@@ -82,13 +84,16 @@ class FakeClient:
     on_epoch = None
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self._requests, self.replies = list(requests), list[Reply]()
+        self._requests, self.replies, self.finished = list(requests), list[Reply](), list[int]()
 
     def next_request(self, lane: Lane) -> tuple[Request, float] | None:
         return (self._requests.pop(0), 60.0) if lane is Lane.COMPUTE and self._requests else None
 
     def reply(self, reply: Reply) -> None:
         self.replies.append(reply)
+
+    def finish(self, request: Request) -> None:
+        self.finished.append(request.id)
 
 
 class FakeAlarm:
@@ -277,3 +282,37 @@ def test_what_an_epoch_held_is_let_go_of_before_the_next_is_set_up() -> None:
     Worker(client, set_up, FakeAlarm(), Tally(client)).run()  # type: ignore[arg-type]
     assert [type(reply.outcome) for reply in client.replies] == [Success, Success]
     assert num_alive == [0, 0]
+
+
+class Ended(BaseException):
+    """In place of the process's end."""
+
+
+class FakeHandlers:
+    """Has done nothing but echo."""
+
+    num_stored = 0
+
+    def execute(self, command: Command, step: int) -> Echoed:
+        assert isinstance(command, Echo), "there is nothing to release"
+        return Echoed()
+
+
+def test_a_silent_request_has_no_reply_and_who_fails_at_it_ends(monkeypatch: pytest.MonkeyPatch):
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def asked(command: Command) -> FakeClient:
+        request = Request(
+            run="test", epoch=1, id=3, lane=Lane.COMPUTE, deadline_s=60, submitted_s=0, command=command, is_silent=True
+        )
+        client = FakeClient([request])
+        Worker(client, lambda welcome: FakeHandlers(), FakeAlarm(), Tally(client)).run()  # type: ignore[arg-type, return-value]
+        return client
+
+    monkeypatch.setattr(module, "logging", SimpleNamespace(shutdown=lambda: None))
+    monkeypatch.setattr(module, "os", SimpleNamespace(_exit=end))
+    client = asked(Echo())
+    assert (client.replies, client.finished) == ([], [3])
+    with pytest.raises(Ended):
+        asked(Release(ids=("a",)))

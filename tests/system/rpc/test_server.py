@@ -479,9 +479,22 @@ def test_who_sends_half_a_window_hears_at_once_that_it_came(tmp_path: Path, monk
     with_server(tmp_path, scenario)
 
 
-@pytest.mark.parametrize(("num_workers", "expected"), [(1, 1), (16, 1), (128, 1), (129, 2), (1024, 8), (4096, 32)])
+@pytest.mark.parametrize(("num_workers", "expected"), [(1, 1), (16, 1), (64, 1), (65, 2), (1024, 16), (4096, 64)])
 def test_no_more_than_some_workers_are_pinged_each_second(num_workers: int, expected: int):
     assert messages_module.seldomness(num_workers) == expected
+
+
+def test_who_is_told_something_is_not_waited_for(tmp_path: Path):
+    async def scenario(server: Server, connect: Connect) -> None:
+        workers = await all_welcomed(server, connect, 2)
+        server.tell(dict.fromkeys(range(2), Release(ids=("a",))), deadline_s=5.0, lane=Lane.TRANSFER)
+        for worker in workers:
+            request = await worker.receive()
+            assert isinstance(request, Request)
+            assert (request.command, request.lane, request.is_silent) == (Release(ids=("a",)), Lane.TRANSFER, True)
+        assert server.roster.num_waiting() == {0: 0, 1: 0}
+
+    with_server(tmp_path, scenario, num_workers=2)
 
 
 def test_workers_that_are_asked_together_are_sent_one_request(tmp_path: Path):

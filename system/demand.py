@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, compress
+from itertools import chain, compress, pairwise
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from .storage import NO_ROW, Numbers, Storage, spans, starts_of_runs
 Masks = npt.NDArray[np.uint64]
 Codes = TypeVar("Codes", Numbers, npt.NDArray[np.int32])
 NUM_SLOTS = 64
+_NONE: Numbers = np.zeros(0, np.int64)
 Needs = Mapping[int, tuple[Samples, Sequence[str]]]
 """By rank: samples, and the keys of them that it reads."""
 
@@ -152,7 +153,7 @@ def _number(shares: list[_Share], storage: Storage) -> tuple[Cells, list[Numbers
     """All cells, and those that each share wants."""
     blocks = {id(share.samples): share.samples for share in shares}
     ids = list(chain.from_iterable(samples.ids for samples in blocks.values()))
-    rows = np.concatenate([np.zeros(0, np.int64), *(storage.rows(samples.ids) for samples in blocks.values())])
+    rows = np.concatenate([_NONE, *(storage.rows(samples.ids) for samples in blocks.values())])
     if (rows == NO_ROW).any() or any(not share.samples.keys.keys() >= set(share.keys) for share in shares):
         _refuse(shares, storage)
     first = np.full(storage.num_rows, NO_ROW)
@@ -219,8 +220,13 @@ def _width(dtype: str) -> int:
 
 def _holders(needed: Numbers, cells: Cells, storage: Storage) -> tuple[Numbers, Numbers]:
     """Of each cell that is needed, how many hold it; and their ranks, ascending, one after the other."""
-    keys, samples = split(needed, len(cells.ids))
-    return storage.look_up(cells.rows[samples], storage.keys(key.name for key in cells.keys)[keys])
+    firsts = np.searchsorted(needed, np.arange(len(cells.keys) + 1) * len(cells.ids)).tolist()
+    found = [
+        storage.look_up(key.name, cells.rows[needed[start:end] - place * len(cells.ids)])
+        for place, (key, (start, end)) in enumerate(zip(cells.keys, pairwise(firsts), strict=True))
+    ]
+    num_holders, holders = zip((_NONE, _NONE), *found, strict=True)
+    return np.concatenate(num_holders), np.concatenate(holders)
 
 
 def _entries(shares: list[_Share], wanted: list[Numbers], places: Places) -> tuple[Numbers, Masks]:

@@ -1,13 +1,13 @@
 """Who holds which key of which sequence. Pure bookkeeping in the master; the values are in the workers' stores.
 
-A holding is a number, and all of them are one sorted array; what is added is taken in all at once, at the next look.
+A holding of a key is a number, and all of them are one sorted array; what is added is sorted in at the next look.
 
-    | 31 bits: the sequence's row | 12 bits: the key | 20 bits: the rank |
+    | 43 bits: the sequence's row | 20 bits: the rank |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from typing import TypeVar
 
@@ -19,8 +19,9 @@ from ..api.batch import Samples
 Numbers = npt.NDArray[np.int64]
 AnyNumbers = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 V = TypeVar("V", bound=np.generic)
-_RANK_BITS, _KEY_BITS = 20, 12
+_RANK_BITS = 20
 _RANKS = (1 << _RANK_BITS) - 1
+_NONE: Numbers = np.zeros(0, np.int64)
 NO_ROW = -1
 
 
@@ -29,12 +30,13 @@ class Storage:
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
-        self._known: dict[tuple[str, ...], Numbers] = {}
-        """Rows that were looked up together, since the last release."""
         self._free_rows: list[int] = []
-        self._keys: dict[str, int] = {}
-        self._holdings: Numbers = np.zeros(0, np.int64)
-        self._starts: Numbers = np.zeros(1, np.int64)
+        self._known: dict[tuple[str, ...], Numbers] = {}
+        """Rows of sequences that came together, since the last release."""
+        self._holdings: dict[str, Numbers] = {}
+        """By key, ascending."""
+        self._new: dict[str, list[Numbers]] = {}
+        """By key, not sorted in yet."""
         self._added: list[tuple[int, Samples]] = []
         """Since the last look."""
         self.num_ranks = 0
@@ -48,7 +50,7 @@ class Storage:
 
     def holders(self, sequence: str, key: str) -> tuple[int, ...]:
         """In ascending order."""
-        _, ranks = self.look_up(self.rows((sequence,)), self.keys([key]))
+        _, ranks = self.look_up(key, self.rows((sequence,)))
         return tuple(ranks.tolist())
 
     def rows(self, sequences: tuple[str, ...]) -> Numbers:
@@ -64,34 +66,30 @@ class Storage:
         self._take_in()
         return len(self._rows) + len(self._free_rows)
 
-    def keys(self, names: Iterable[str]) -> Numbers:
-        """The number of each key; that of none where nobody ever held it."""
+    def look_up(self, key: str, rows: Numbers) -> tuple[Numbers, Numbers]:
+        """Of each row how many hold the key; and their ranks, ascending, one after the other."""
         self._take_in()
-        return np.fromiter(map(self._keys.get, names, repeat(len(self._keys))), np.int64)
-
-    def look_up(self, rows: Numbers, keys: Numbers) -> tuple[Numbers, Numbers]:
-        """Of each key of a row, how many hold it; and their ranks, ascending, one after the other."""
-        self._take_in()
-        holdings, starts = self._holdings, self._starts
-        cells = np.where(rows == NO_ROW, len(starts) - 2, rows * (len(self._keys) + 1) + keys)
-        counts = starts[cells + 1] - starts[cells]
-        return counts, holdings[spans(starts[cells], counts)] & _RANKS
+        holdings = self._of_key(key)
+        counts = np.bincount(holdings >> _RANK_BITS, minlength=self.num_rows + 1)  # at the end, that of `NO_ROW`
+        starts = np.cumsum(counts) - counts
+        return counts[rows], holdings[spans(starts[rows], counts[rows])] & _RANKS
 
     def release(self, sequences: Sequence[str]) -> dict[int, tuple[str, ...]]:
         """Forgets sequences; returns who has to forget which."""
         self._take_in()
         rows = np.fromiter(map(self._rows.pop, sequences), np.int64)
         self._known.clear()
-        place = np.full(self.num_rows + len(rows), NO_ROW)
-        place[rows] = np.arange(len(rows))
-        holdings = self._holdings
-        places = place[holdings >> _RANK_BITS + _KEY_BITS]
-        self._holdings = holdings[places == NO_ROW]
         self._free_rows += rows.tolist()
-        self._index()
-        gone = places != NO_ROW
-        pairs = distinct((holdings[gone] & _RANKS) * max(1, len(rows)) + places[gone])
-        ranks, places = np.divmod(pairs, max(1, len(rows)))
+        place = np.full(self.num_rows, NO_ROW)
+        place[rows] = np.arange(len(rows))
+        gone = [_NONE]
+        for key in {**self._holdings, **self._new}:
+            holdings = self._of_key(key)
+            places = place[holdings >> _RANK_BITS]
+            is_gone = places != NO_ROW
+            gone.append((holdings[is_gone] & _RANKS) * max(1, len(rows)) + places[is_gone])
+            self._holdings[key] = holdings[~is_gone]
+        ranks, places = np.divmod(distinct(np.concatenate(gone)), max(1, len(rows)))
         first = starts_of_runs(ranks)
         names = np.array(sequences, dtype=object)[places]
         of_ranks = np.split(names, first[1:])
@@ -113,18 +111,12 @@ class Storage:
             if id(samples.ids) not in rows:
                 rows[id(samples.ids)] = self._numbered(samples.ids)
             alike.setdefault(tuple(samples.keys), []).append((rank, rows[id(samples.ids)]))
-        parts = [self._holdings]
-        for names, held in alike.items():
-            for name in names:
-                self._keys.setdefault(name, len(self._keys))
-            keys = np.fromiter(map(self._keys.__getitem__, names), np.int64)
-            ranks = np.repeat([rank for rank, _ in held], [len(each) for _, each in held])
-            cells = np.concatenate([each for _, each in held])[:, None] << _KEY_BITS | keys
-            parts.append((cells << _RANK_BITS | ranks[:, None]).ravel())
-        assert len(self._keys) < 1 << _KEY_BITS, "there are fewer keys than that"
         self._added.clear()
-        self._holdings = distinct(np.concatenate(parts))
-        self._index()
+        for names, held in alike.items():
+            ranks = np.repeat([rank for rank, _ in held], [len(each) for _, each in held])
+            holdings = np.concatenate([each for _, each in held]) << _RANK_BITS | ranks
+            for name in names:
+                self._new.setdefault(name, []).append(holdings)
 
     def _numbered(self, sequences: tuple[str, ...]) -> Numbers:
         """Rows of sequences that may be new."""
@@ -135,12 +127,10 @@ class Storage:
             self._known[sequences] = np.fromiter(map(self._rows.__getitem__, sequences), np.int64)
         return self._known[sequences]
 
-    def _index(self) -> None:
-        """`_starts` says where the holdings of each cell begin, row by row; behind each row's keys is none's."""
-        cells = self._holdings >> _RANK_BITS
-        width = len(self._keys) + 1
-        places = (cells >> _KEY_BITS) * width + (cells & (1 << _KEY_BITS) - 1)
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=self.num_rows * width + 1))])
+    def _of_key(self, key: str) -> Numbers:
+        if key in self._new:
+            self._holdings[key] = distinct(np.concatenate([self._holdings.get(key, _NONE), *self._new.pop(key)]))
+        return self._holdings.get(key, _NONE)
 
 
 def distinct(values: npt.NDArray[V]) -> npt.NDArray[V]:

@@ -70,10 +70,12 @@ def test_holders_of_many_are_looked_up_at_once():
     storage = Storage()
     storage.add(1, samples("a", "b", keys=("tokens", "mask")))
     storage.add(0, samples("b"))
-    rows, keys = storage.rows(("b", "z", "a", "b")), storage.keys(["tokens", "tokens", "mask", "unheard"])
-    counts, ranks = storage.look_up(rows, keys)
-    assert counts.tolist() == [2, 0, 1, 0]
-    assert ranks.tolist() == [0, 1, 1]
+    rows = storage.rows(("b", "z", "a", "b"))
+    counts, ranks = storage.look_up("tokens", rows)
+    assert counts.tolist() == [2, 0, 1, 2]
+    assert ranks.tolist() == [0, 1, 1, 0, 1]
+    counts, ranks = storage.look_up("unheard", rows)
+    assert (counts.tolist(), ranks.tolist()) == ([0] * 4, [])
 
 
 RANKS, NAMES, KEYS = st.integers(0, 3), st.sampled_from("abcd"), st.sampled_from(("tokens", "mask"))

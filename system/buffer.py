@@ -42,9 +42,11 @@ class _Column:
 
     def select(self, at: Places) -> KeyColumn:
         """Of these sequences, which all have it."""
-        used, part = np.unique(self.part[at], return_inverse=True)
-        chosen = [self.parts[number] for number in used]
-        starts = np.cumsum([0, *map(len, chosen)])
+        part = self.part[at]
+        is_used = np.bincount(part, minlength=len(self.parts)) > 0
+        chosen = [self.parts[number] for number in np.flatnonzero(is_used)]
+        starts = np.zeros(len(self.parts), np.int64)
+        starts[is_used] = np.cumsum([0, *map(len, chosen)])[:-1]
         return KeyColumn.gather(chosen).select(starts[part] + self.place[at])
 
 

@@ -109,7 +109,7 @@ class _Share:
 
 def demand_of(needs: Needs, storage: Storage, hosts: Sequence[str]) -> Demand:
     """Raises `RunError` naming sequence and key if nobody holds what is needed."""
-    shares = _shares(needs)
+    shares = _shares(needs, storage)
     cells, wanted = _number(shares, storage)
     places = Places(hosts, max(len(hosts), storage.num_ranks, *(rank + 1 for rank in needs), 0))
     codes, masks = _entries(shares, wanted, places)
@@ -136,12 +136,17 @@ def demand_of(needs: Needs, storage: Storage, hosts: Sequence[str]) -> Demand:
     )
 
 
-def _shares(needs: Needs) -> list[_Share]:
-    """In the order of their first ranks. Workers that are given one object of samples share it."""
+def _shares(needs: Needs, storage: Storage) -> list[_Share]:
+    """In the order of their first ranks. Workers that are given one object of samples share it.
+
+    Keys that a worker holds of all of them, as after a call on the same share, are left out before they are looked at
+    one by one.
+    """
     shares: dict[tuple[int, tuple[str, ...]], _Share] = {}
     for rank in sorted(needs):
         samples, names = needs[rank]
-        keys = tuple(names)
+        held = storage.held_together(rank, samples.ids)
+        keys = tuple(name for name in names if name not in held)
         if (id(samples), keys) in shares:
             shares[id(samples), keys].ranks.append(rank)
         elif samples.ids and keys:

@@ -157,10 +157,10 @@ class Executor:
         self._begin(firing, self._run_model(firing, call, self._cuts.pop(firing), save))
 
     def _release(self, sequences: tuple[str, ...]) -> None:
-        by_ids: dict[tuple[str, ...], ReleaseCommand] = {}  # stages of a replica hold the same
         released = self._storage.release(sequences)
-        commands = {rank: by_ids.setdefault(ids, ReleaseCommand(ids=ids)) for rank, ids in released.items()}
-        self._server.tell(commands, self._deadline_s, Lane.TRANSFER)
+        commands = {ids: ReleaseCommand(ids=ids) for ids in set(released.values())}  # of a replica's stages the same
+        by_rank = {rank: commands[ids] for rank, ids in released.items()}
+        self._server.tell(by_rank, self._deadline_s, Lane.TRANSFER)
 
     def _complete(self, complete: Complete) -> None:
         step = self._steps.pop(complete.step)

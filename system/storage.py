@@ -8,7 +8,7 @@ A holding of a key is a number, and all of them are one sorted array; what is ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +33,8 @@ class Storage:
         self._free_rows: list[int] = []
         self._known: dict[tuple[str, ...], Numbers] = {}
         """Rows of sequences that came together, since the last release."""
+        self._together: dict[int, list[tuple[Numbers, Samples]]] = {}
+        """By rank what it came to hold, since the last release."""
         self._holdings: dict[str, Numbers] = {}
         """By key, ascending."""
         self._new: dict[str, list[Numbers]] = {}
@@ -61,6 +63,13 @@ class Storage:
             known = np.fromiter(map(self._rows.get, sequences, repeat(NO_ROW)), np.int64)
         return known
 
+    def held_together(self, rank: int, sequences: tuple[str, ...]) -> set[str]:
+        """Keys of just these sequences that the worker came to hold all at once, since the last release."""
+        self._take_in()
+        held = self._together.get(rank, ())
+        rows = self._known.get(sequences) if held else None
+        return {key for each, samples in held if each is rows for key in samples.keys}
+
     @property
     def num_rows(self) -> int:
         self._take_in()
@@ -79,16 +88,19 @@ class Storage:
         self._take_in()
         rows = np.fromiter(map(self._rows.pop, sequences), np.int64)
         self._known.clear()
+        self._together.clear()
         self._free_rows += rows.tolist()
         place = np.full(self.num_rows, NO_ROW)
         place[rows] = np.arange(len(rows))
-        gone = [_NONE]
-        for key in {**self._holdings, **self._new}:
-            holdings = self._of_key(key)
+        arrays = {id(each): each for each in chain(self._holdings.values(), *self._new.values())}
+        gone, kept = [_NONE], dict[int, Numbers]()
+        for identity, holdings in arrays.items():  # new keys share them
             places = place[holdings >> _RANK_BITS]
             is_gone = places != NO_ROW
             gone.append((holdings[is_gone] & _RANKS) * max(1, len(rows)) + places[is_gone])
-            self._holdings[key] = holdings[~is_gone]
+            kept[identity] = holdings[~is_gone]
+        self._holdings = {key: kept[id(each)] for key, each in self._holdings.items()}
+        self._new = {key: [kept[id(each)] for each in parts] for key, parts in self._new.items()}
         ranks, places = np.divmod(distinct(np.concatenate(gone)), max(1, len(rows)))
         first = starts_of_runs(ranks)
         names = np.array(sequences, dtype=object)[places]
@@ -110,7 +122,9 @@ class Storage:
         for rank, samples in self._added:
             if id(samples.ids) not in rows:
                 rows[id(samples.ids)] = self._numbered(samples.ids)
-            alike.setdefault(tuple(samples.keys), []).append((rank, rows[id(samples.ids)]))
+            held_rows = rows[id(samples.ids)]
+            self._together.setdefault(rank, []).append((held_rows, samples))
+            alike.setdefault(tuple(samples.keys), []).append((rank, held_rows))
         self._added.clear()
         for names, held in alike.items():
             ranks = np.repeat([rank for rank, _ in held], [len(each) for _, each in held])

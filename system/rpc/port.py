@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
+import sys
 from collections.abc import Callable
 
 import zmq
@@ -54,7 +56,10 @@ class Port:
         self._closed.setsockopt(zmq.RCVHWM, 0)  # a full queue would halt ZeroMQ's I/O thread
         self._router = self._bound(address, silence_s)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._is_open, self._is_drain_due, self._is_crowded = True, False, num_connections >= _CROWD
+        self._is_open, self._is_drain_due = True, False
+        self._descriptor = int(self._router.fileno())
+        self._crowd = select.epoll() if num_connections >= _CROWD and sys.platform == "linux" else None
+        """Stands between the socket's descriptor and the loop, whose own ways to look away take long."""
 
     def _bound(self, address: str, silence_s: float) -> zmq.Socket[bytes]:
         """Raises `ConfigError` if the address cannot be had."""
@@ -94,7 +99,9 @@ class Port:
         `refuse` is told why a connection was refused.
         """
         self._loop, self._take, self._refuse = asyncio.get_running_loop(), take, refuse
-        self._loop.add_reader(self._router.fileno(), self._awake)
+        if self._crowd is not None:
+            self._crowd.register(self._descriptor, select.EPOLLIN)
+        self._loop.add_reader(self._descriptor if self._crowd is None else self._crowd.fileno(), self._awake)
         if self._gate is not None:
             self._gate.open()
             self._loop.add_reader(self._gate.events.fileno(), self._count_strangers, self._gate)
@@ -114,7 +121,9 @@ class Port:
 
     async def close(self, linger_s: float) -> None:
         self._is_open = False
-        self._loop.remove_reader(self._router.fileno())
+        self._loop.remove_reader(self._descriptor if self._crowd is None else self._crowd.fileno())
+        if self._crowd is not None:
+            self._crowd.close()
         self._router.disable_monitor()  # first: ZeroMQ waits for who listens to it
         self._closed.close(linger=0)
         if self._gate is not None:
@@ -154,17 +163,17 @@ class Port:
 
     def _awake(self) -> None:
         """The descriptor says that there is something: a message, almost always. Who waits for it comes before more."""
-        if self._is_crowded:
-            self._loop.remove_reader(self._router.fileno())
-            self._loop.call_later(_PAUSE_S, self._resume)
+        if self._crowd is not None:
+            self._crowd.modify(self._descriptor, 0)
+            self._loop.call_later(_PAUSE_S, self._resume, self._crowd)
             return
         with contextlib.suppress(zmq.Again):
             self._take(*self._receive())
         self._drain_soon()
 
-    def _resume(self) -> None:
+    def _resume(self, crowd: select.epoll) -> None:
         if self._is_open:
-            self._loop.add_reader(self._router.fileno(), self._awake)
+            crowd.modify(self._descriptor, select.EPOLLIN)
             self.drain()
 
     def _receive(self) -> _Received:

@@ -100,7 +100,8 @@ class Storage:
             gone.append((holdings[is_gone] & _RANKS) * max(1, len(rows)) + places[is_gone])
             kept[identity] = holdings[~is_gone]
         self._holdings = {key: kept[id(each)] for key, each in self._holdings.items()}
-        self._new = {key: [kept[id(each)] for each in parts] for key, parts in self._new.items()}
+        new = {key: [kept[id(each)] for each in parts if len(kept[id(each)])] for key, parts in self._new.items()}
+        self._new = {key: parts for key, parts in new.items() if parts}
         ranks, places = np.divmod(distinct(np.concatenate(gone)), max(1, len(rows)))
         first = starts_of_runs(ranks)
         names = np.array(sequences, dtype=object)[places]

@@ -158,6 +158,10 @@ class Samples:
         """With these of its keys."""
         return unchecked(Samples, ids=self.ids, keys={key: self.keys[key] for key in keys})
 
+    def named_as(self, others: Samples) -> Samples:
+        """With the very ids of others, if they are equal: one object of each is kept, and known again faster."""
+        return unchecked(Samples, ids=others.ids, keys=self.keys) if self.ids == others.ids else self
+
     def split(self, groups: Sequence[Sequence[int]]) -> list[Samples]:
         """One part for each group of positions. `unsplit` undoes it."""
         return [self.select(group) for group in groups]

@@ -111,7 +111,7 @@ def demand_of(needs: Needs, storage: Storage, hosts: Sequence[str]) -> Demand:
     """Raises `RunError` naming sequence and key if nobody holds what is needed."""
     shares = _shares(needs, storage)
     cells, wanted = _number(shares, storage)
-    places = Places(hosts, max(len(hosts), storage.num_ranks, *(rank + 1 for rank in needs), 0))
+    places = _places(tuple(hosts), max(len(hosts), storage.num_ranks, *(rank + 1 for rank in needs), 0))
     codes, masks = _entries(shares, wanted, places)
     entry_cells, entry_places = split(codes, places.num_places)
     first = starts_of_runs(entry_cells)
@@ -134,6 +134,12 @@ def demand_of(needs: Needs, storage: Storage, hosts: Sequence[str]) -> Demand:
         num_holders=num_holders[at],
         holders=holders,
     )
+
+
+@lru_cache(maxsize=1)
+def _places(hosts: tuple[str, ...], num_ranks: int) -> Places:
+    """The same at every step of a run. Leave them as they are."""
+    return Places(hosts, num_ranks)
 
 
 def _shares(needs: Needs, storage: Storage) -> list[_Share]:

@@ -198,10 +198,10 @@ class Executor:
             for at, shares in enumerate(turns)
         ]
         try:
-            for request in requests:
+            for shares, request in zip(turns, requests, strict=True):
                 (answers,) = await settle(self._server, request)
                 traversal.add_request(call, answers)
-                self._take_outputs(firing, answers)
+                self._take_outputs(firing, shares, answers)
         finally:
             for request in requests:
                 request.cancel()
@@ -228,13 +228,14 @@ class Executor:
         by_rank = {rank: commands[id(share)] for rank, share in shares.items()}
         return self._ask(by_rank, firing.step, f"call {call.name}", Lane.COMPUTE, before, after)
 
-    def _take_outputs(self, firing: Firing, answers: Mapping[int, Answer]) -> None:
+    def _take_outputs(self, firing: Firing, shares: Shares, answers: Mapping[int, Answer]) -> None:
         outputs = []
         for rank, answer in answers.items():
             result = answer.success.result
             if isinstance(result, CallDone) and result.outputs is not None:
-                self._storage.add(rank, result.outputs)
-                outputs.append(result.outputs)
+                written = result.outputs.named_as(shares[rank].samples)
+                self._storage.add(rank, written)
+                outputs.append(written)
         if outputs:
             self._obey(self._flow.produced(firing, *outputs))
 

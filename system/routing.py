@@ -155,11 +155,12 @@ def _turns(can_be: npt.NDArray[np.bool_], starts: Numbers, turn: Numbers) -> Num
 def _let_in(demand: Demand, enters: Numbers, size: Numbers, loads: _Loads) -> Numbers:
     """Which holder sends each cell that enters a place from elsewhere."""
     num, first = demand.num_holders[enters], demand.first_holder[enters]
-    offers = (demand.cell[enters] % num)[:, None] + np.arange(_NUM_CHOICES)
+    num_choices = min(_NUM_CHOICES, int(num.max(initial=1)))
+    offers = (demand.cell[enters] % num)[:, None] + np.arange(num_choices)
     offers -= np.where(offers < num[:, None], 0, num[:, None])
     offered = demand.holders[first[:, None] + np.minimum(offers, num[:, None] - 1)]  # if they are few, some twice
     chosen = np.zeros(len(enters), np.int64)
-    for some in _rounds(size, np.arange(len(size)), min(_NUM_CHOICES, int(num.max(initial=0)))):
+    for some in _rounds(size, np.arange(len(size)), num_choices):
         chosen[some] = loads.least(offered[some])
         loads.add(chosen[some], size[some])
     return chosen

@@ -9,10 +9,12 @@ The graph is GRPO's with a reference on the actor's workers, dp = workers / 8 an
 worker and step in groups of 8; one minibatch, 8 microbatches. Each size runs in a master process of its own, on one
 core.
 
-`master_share`   the processor time, of all threads of the master, that ten seconds with one step in them take, as a
-                 part of one core: all four figures of the table below, over 10
-`loop_share`     the same of the event loop's thread alone, the first column: executor, buffer, planner, codec, and all
-                 Python there is. That is what limits the master: ZeroMQ's threads can have other cores
+`master_share`   the processor time that the master takes of ten seconds with one step in them, as a part of one core:
+                 that of its event loop's thread, the first column of the table below, over 10: executor, buffer,
+                 planner, codec, what is said to sockets, and all Python there is. It limits how many workers a master
+                 can have: it has one such thread
+`process_share`  the same of all threads of the master, all four figures: what ZeroMQ's own threads do for the sockets,
+                 on whatever cores there are, is in it. On one core, as here, that is all that the master takes
 
                                       the event loop's thread        ZeroMQ's own threads
     a step, without heartbeats        `step_loop_s`                  `step_zeromq_s`
@@ -79,7 +81,7 @@ TICK_S = 0.002
 PARTS = ("planning", "encoding", "sending", "receiving", "decoding", "zeromq", "executor")
 COLUMNS = (
     "master_share",
-    "loop_share",
+    "process_share",
     "step_loop_s",
     "step_zeromq_s",
     "heartbeats_loop_s_per_10s",
@@ -211,8 +213,8 @@ async def measure(num_workers: int, num_steps: int, idle_s: float) -> dict[str, 
     return {
         "workers": num_workers,
         "sequences": num_workers * simulated.SEQUENCES_PER_WORKER,
-        "master_share": sum(figures.values()) / STEP_S,
-        "loop_share": loop_s / STEP_S,
+        "master_share": loop_s / STEP_S,
+        "process_share": sum(figures.values()) / STEP_S,
         "step_cpu_s": figures["step_loop_s"] + figures["step_zeromq_s"],
         "heartbeats_cpu_s_per_10s": figures["heartbeats_loop_s_per_10s"] + figures["heartbeats_zeromq_s_per_10s"],
         **figures,
@@ -360,7 +362,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(measure(options.one, options.steps, options.idle_seconds))))
         return
     rows = [run_size(num_workers, options) for num_workers in options.workers]
-    shares = {f"{name}_at_{row['workers']}": row[name] for name in ("master_share", "loop_share") for row in rows}
+    shares = {f"{name}_at_{row['workers']}": row[name] for name in ("master_share", "process_share") for row in rows}
     machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     if options.json:
         print(json.dumps({**shares, "sizes": rows, "steps": options.steps, "machine": machine}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 import sys
 from collections.abc import Callable
@@ -23,9 +24,9 @@ _PING_SHARE, _PONG_SHARE = 0.2, 0.6
 """Of `silence_s`: between two of ZeroMQ's pings, and for an answer; what is left is for the server to notice."""
 _CONNECTIONS_PER_THREAD = 512
 _CLOSED_ADDRESS = "inproc://closed"
-_CROWD, _PAUSE_S = 128, 0.002
+_CROWD, _PAUSE_S = 128, 0.003
 """So many connections have their messages gathered for that long: a turn of the event loop for each costs as much as
-what is in it, and two thousandths of a second are little beside a step of so many workers."""
+what is in it, and three thousandths of a second are little beside a step of so many workers."""
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
 _Received = tuple[bytes, list[framing.Frame], Holder | None]
@@ -50,6 +51,9 @@ class Port:
         self.noticed_s = silence_s * _PONG_SHARE
         """How long a silence is when ZeroMQ closes a connection for it, at least."""
         self._context = zmq.Context(io_threads(num_connections))
+        is_crowd = num_connections >= _CROWD and sys.platform == "linux"
+        if is_crowd:
+            self._context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)  # not to interrupt the loop at each message
         self._gate = None if keys is None else Gate(self._context, keys)
         self._closed: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         """Tells of connections that have closed, where there is no gate that does."""
@@ -58,7 +62,7 @@ class Port:
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._is_open, self._is_drain_due = True, False
         self._descriptor = int(self._router.fileno())
-        self._crowd = select.epoll() if num_connections >= _CROWD and sys.platform == "linux" else None
+        self._crowd = select.epoll() if is_crowd else None
         """Stands between the socket's descriptor and the loop, whose own ways to look away take long."""
 
     def _bound(self, address: str, silence_s: float) -> zmq.Socket[bytes]:

@@ -70,6 +70,21 @@ def test_a_split_can_be_undone(whole: Samples, data: st.DataObject):
     ) == (whole.select(order))
 
 
+@given(rich(), st.data())
+def test_cuts_are_parts_one_after_the_other(whole: Samples, data: st.DataObject):
+    ends = sorted(data.draw(st.lists(st.integers(0, len(whole))))) + [len(whole)]
+    pairs = list(pairwise([0, *ends]))
+    parts = whole.cut([end - start for start, end in pairs])
+    assert parts == [whole.select(range(start, end)) for start, end in pairs]
+
+
+def test_equal_ids_can_be_those_of_others():
+    ours, theirs, others = samples([1, 2]), samples([3, 4]), samples([3, 4], prefix="t")
+    assert theirs.named_as(ours) == theirs
+    assert theirs.named_as(ours).ids is ours.ids
+    assert theirs.named_as(others) is theirs
+
+
 @given(rich())
 def test_samples_by_themselves_come_together_again(whole: Samples):
     parts = whole.unpack()

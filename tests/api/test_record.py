@@ -1,7 +1,7 @@
 import pytest
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 from trainmaster.api.errors import ConfigError
-from trainmaster.api.record import record
+from trainmaster.api.record import record, unchecked
 
 
 @record
@@ -70,6 +70,10 @@ def test_a_record_is_frozen():
 
 def test_a_record_is_slotted():
     assert not hasattr(Inner(size=1), "__dict__")
+
+
+def test_a_record_of_checked_values_need_not_be_checked_again():
+    assert unchecked(Outer, inner=Inner(size=1), name="a", ratio=0.7) == Outer(inner=Inner(size=1), name="a", ratio=0.7)
 
 
 def test_fields_are_keyword_only():

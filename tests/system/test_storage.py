@@ -78,6 +78,19 @@ def test_holders_of_many_are_looked_up_at_once():
     assert (counts.tolist(), ranks.tolist()) == ([0] * 4, [])
 
 
+def test_what_came_together_is_known_until_something_is_released():
+    storage, share = Storage(), samples("a", "b", keys=("tokens", "mask"))
+    storage.add(1, share.only(["tokens"]))
+    storage.add(1, samples("b", keys=("mask",)))
+    storage.add(2, share)
+    assert storage.held_together(1, ("a", "b")) == {"tokens"}
+    assert storage.held_together(1, ("b",)) == {"mask"}
+    assert storage.held_together(2, ("a", "b")) == {"tokens", "mask"}
+    assert storage.held_together(2, ("b", "a")) == storage.held_together(0, ("a", "b")) == set()
+    storage.release(["a"])
+    assert storage.held_together(2, ("a", "b")) == set()
+
+
 RANKS, NAMES, KEYS = st.integers(0, 3), st.sampled_from("abcd"), st.sampled_from(("tokens", "mask"))
 steps = st.one_of(
     st.tuples(RANKS, st.lists(NAMES, unique=True), st.lists(KEYS, unique=True)), st.lists(NAMES, unique=True)

@@ -72,7 +72,7 @@ def test_a_split_can_be_undone(whole: Samples, data: st.DataObject):
 
 @given(rich(), st.data())
 def test_cuts_are_parts_one_after_the_other(whole: Samples, data: st.DataObject):
-    ends = sorted(data.draw(st.lists(st.integers(0, len(whole))))) + [len(whole)]
+    ends = [*sorted(data.draw(st.lists(st.integers(0, len(whole))))), len(whole)]
     pairs = list(pairwise([0, *ends]))
     parts = whole.cut([end - start for start, end in pairs])
     assert parts == [whole.select(range(start, end)) for start, end in pairs]

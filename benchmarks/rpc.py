@@ -187,7 +187,7 @@ async def ours(seconds: float) -> dict[str, float]:
                 await welcome_all(server, NUM_WORKERS, folder)
 
                 def call(rank: int, payload: Echo) -> Awaitable[Any]:
-                    return server.submit(rank, payload, name="echo", deadline_s=60)
+                    return server.ask({rank: payload}, name="echo", deadline_s=60)
 
                 small = Echo(text="x" * SMALL_BYTES)  # as most messages are, text and numbers
                 large = Echo(content=(np.zeros(LARGE_BYTES, np.uint8),))

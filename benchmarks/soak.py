@@ -171,7 +171,7 @@ class Soak:
         while True:
             await self.are_there.wait()
             try:
-                await self.server.submit(rank, Echo(text=text), name="echo", deadline_s=60)
+                await self.server.ask({rank: Echo(text=text)}, name="echo", deadline_s=60)
             except RunError:
                 text = f"{number} "
                 await asyncio.sleep(0)

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...api.errors import (
     ConfigError,
@@ -78,7 +77,7 @@ def unreadable(error: ProtocolError) -> Loss:
     )
 
 
-class Asked(asyncio.Future[Any]):  # Any: `AnswerOf` has a result of its own
+class Asked(asyncio.Future[dict[int, Answer]]):
     """What was asked of workers, each once: their answers by rank.
 
     It fails at the first failure, and `errors` go on to come. A failure that nobody reads is no news. Cancelling it,
@@ -125,7 +124,7 @@ class Asked(asyncio.Future[Any]):  # Any: `AnswerOf` has a result of its own
         if not self._waiting and not self.done():
             if len(self._ranks) > 1:
                 self.answers = {each: self.answers[each] for each in self._ranks}
-            self.set_result(self._result())
+            self.set_result(self.answers)
 
     def fail(self, rank: int, error: Exception) -> None:
         self.errors.append(error)
@@ -150,9 +149,6 @@ class Asked(asyncio.Future[Any]):  # Any: `AnswerOf` has a result of its own
             self._withdraw(peer, self.identity)
         return super().cancel(msg)
 
-    def _result(self) -> object:
-        return self.answers
-
     def _heard(self, rank: int) -> None:
         self._forget(rank)
         if self._news is not None and not self._news.done():
@@ -167,13 +163,6 @@ class Asked(asyncio.Future[Any]):  # Any: `AnswerOf` has a result of its own
         """For workers that could not even end themselves at their deadline."""
         for rank, peer in list(self._waiting.items()):
             self.fail(rank, DeadlineExceeded(peer.late(self)))
-
-
-class AnswerOf(Asked):
-    """What was asked of one worker: its answer."""
-
-    def _result(self) -> object:
-        return next(iter(self.answers.values()))
 
 
 @dataclass(slots=True)

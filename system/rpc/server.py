@@ -1,7 +1,7 @@
 """The master's end of the control plane: a ROUTER socket driven by the event loop.
 
 Guarantees:
-- every future that `submit` returns is settled: by a reply, by its deadline, or by the loss of its worker;
+- every future that `ask` returns is settled: by a reply, by its deadline, or by the loss of its worker;
 - a worker that closes its connection is known within `HEARTBEAT_S`, a host that falls silent within `silence_s`;
 - a worker whose interpreter is busy is slow, not lost: its connection is answered for by ZeroMQ's own thread. It is
   reported as unresponsive, and ends itself at its call's deadline, with its stacks in a file that the error quotes;
@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any
 
 from ...api.errors import DeadlineExceeded, ProtocolError, RunError, first_cause
 from ..service.keys import Holder, MasterKeys, Role
@@ -46,7 +46,7 @@ from .messages import (
     seldomness,
 )
 from .outgoing import Outgoing
-from .peer import REVOKED, Answer, AnswerOf, Asked, Loss, Peer, Roster, unreadable
+from .peer import REVOKED, Asked, Loss, Peer, Roster, unreadable
 from .port import Port
 
 logger = logging.getLogger(__name__)
@@ -62,20 +62,6 @@ _STRANGER_BYTES = 2**15
 """The most that one who is not registered may send at once: a registration is far smaller."""
 MAX_PENDING = 2**16
 """The most requests of one worker that wait for replies: who submits more has lost count."""
-
-
-class Terms(TypedDict, total=False):
-    """On which workers are asked for something."""
-
-    name: Required[str]
-    """Says in errors what it was."""
-    deadline_s: Required[float]
-    lane: Lane
-    """The compute lane, if nothing else is said."""
-    step: int
-    """In logs: what it belongs to."""
-    pre_hooks: tuple[Hook, ...]
-    post_hooks: tuple[Hook, ...]
 
 
 class Server:
@@ -192,22 +178,8 @@ class Server:
         if not self.roster.is_complete:
             self._all_registered.clear()
 
-    def ask(self, commands: Mapping[int, Command], **terms: Unpack[Terms]) -> Asked:
-        """Asks workers for something, by rank.
-
-        The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that a worker raised),
-        with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first. Ranks in a row
-        that are given one object of a command are sent the same bytes.
-        """
-        return self._ask(Asked, commands, **terms)
-
-    def submit(self, rank: int, command: Command, **terms: Unpack[Terms]) -> asyncio.Future[Answer]:
-        """Asks one worker: its future has the worker's answer."""
-        return self._ask(AnswerOf, {rank: command}, **terms)
-
-    def _ask(
+    def ask(
         self,
-        kind: type[Asked],
         commands: Mapping[int, Command],
         *,
         name: str,
@@ -217,6 +189,12 @@ class Server:
         pre_hooks: tuple[Hook, ...] = (),
         post_hooks: tuple[Hook, ...] = (),
     ) -> Asked:
+        """Asks workers for something, by rank. `name` says in errors what it was; `step` in logs where it belongs.
+
+        The future fails with `RemoteError` (or the `ConfigError`, `DataError`, `ModelError` that a worker raised),
+        with `DeadlineExceeded`, with `WorkerLost`, or with a plain `RunError` if the epoch ends first. Ranks in a row
+        that are given one object of a command are sent the same bytes.
+        """
         assert commands, "somebody is asked"
         peers = {rank: self.roster.by_rank[rank] for rank in commands}
         for peer in peers.values():
@@ -224,7 +202,7 @@ class Server:
                 raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         start_s = self._loop.time()
         identity = self._post(commands, start_s, deadline_s, lane, step, pre_hooks, post_hooks)
-        asked = kind(self._loop, identity, name, step, start_s, deadline_s, self._cancel)  # while it travels
+        asked = Asked(self._loop, identity, name, step, start_s, deadline_s, self._cancel)  # while it travels
         asked.wait_for(peers, _LATE_GRACE_S)
         return asked
 

@@ -64,7 +64,7 @@ lost = set()
 def ask(server, rank, number):
     def settled(future):
         error = "" if future.cancelled() else str(future.exception() or "")
-        content = -1 if error or future.cancelled() else int(future.result().success.result.content[0][0])
+        content = -1 if error or future.cancelled() else int(future.result()[rank].success.result.content[0][0])
         note("settled", number=number, rank=rank, error=error, content=content)
         if "it died or was cut off" in error and rank not in lost:
             lost.add(rank)
@@ -72,7 +72,7 @@ def ask(server, rank, number):
 
     echo = Echo(content=(np.array([number]),))
     note("submitted", number=number, rank=rank)
-    server.submit(rank, echo, name=f"echo {number}", deadline_s=deadline_s).add_done_callback(settled)
+    server.ask({rank: echo}, name=f"echo {number}", deadline_s=deadline_s).add_done_callback(settled)
 
 async def main():
     server = Server(address, "test", epoch, num_workers, "digest", 5.0, Path.cwd())

@@ -41,7 +41,7 @@ class ServingActor:
             case "workers":
                 return {"workers": await self._welcome()}
             case "hold":  # a lane whose requests our worker answers when it is told to
-                self._held = self._server.submit(0, Echo(), name="held", deadline_s=600, lane=Lane.FUNCTION)
+                self._held = self._server.ask({0: Echo()}, name="held", deadline_s=600, lane=Lane.FUNCTION)
                 return {"held": True}
             case "echo":
                 return {"echo_s": await self._echo()}
@@ -73,9 +73,9 @@ class ServingActor:
         """How long it took, in seconds."""
         content = (np.arange(25),)
         start_s = time.monotonic()
-        answer = await self._server.submit(0, Echo(content=content), name="echo", deadline_s=60)
+        answers = await self._server.ask({0: Echo(content=content)}, name="echo", deadline_s=60)
         took_s = time.monotonic() - start_s
-        assert (answer.success.result.content[0] == content[0]).all()
+        assert (answers[0].success.result.content[0] == content[0]).all()
         return took_s
 
     async def _next_epoch(self) -> str:

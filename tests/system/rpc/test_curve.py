@@ -158,12 +158,12 @@ async def welcomed(server: Server, connect: Connect, own: ClientKeys) -> Caller:
 
 async def works(server: Server, worker: Caller) -> None:
     """Has it answer a request."""
-    asked = server.submit(0, HostStore(), name="store", deadline_s=5.0)
+    asked = server.ask({0: HostStore()}, name="store", deadline_s=5.0)
     request = await worker.receive()
     assert isinstance(request, Request)
     outcome = Success(result=Done())
     await worker.send(Reply(run=RUN, epoch=EPOCH, id=request.id, outcome=outcome, seconds={}))
-    assert (await asked).success == outcome
+    assert (await asked)[0].success == outcome
 
 
 # -- who gets in ------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_worker_cannot_pass_for_another(keys: Path, tmp_path: Path):
         await thief.send(register())  # the same incarnation, as if on a new connection
         refusal = await thief.refusal()
         assert refusal == "the key worker-1 is not that of worker 0 (pid 7 on here), for which it wants to pass"
-        asked = server.submit(0, HostStore(), name="store", deadline_s=5.0)
+        asked = server.ask({0: HostStore()}, name="store", deadline_s=5.0)
         request = await worker.receive()
         assert isinstance(request, Request), "it went to its worker"
         forged = Reply(run=RUN, epoch=EPOCH, id=request.id, outcome=Success(result=Done()), seconds={})
@@ -326,7 +326,7 @@ def test_only_an_operator_inquires_and_an_operator_does_nothing_else(keys: Path,
 def test_a_worker_whose_key_is_revoked_is_lost_and_not_heard_any_more(keys: Path, tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = await welcomed(server, connect, worker_keys(keys, 0))
-        asked = server.submit(0, HostStore(), name="store", deadline_s=5.0)
+        asked = server.ask({0: HostStore()}, name="store", deadline_s=5.0)
         request = await worker.receive()
         assert isinstance(request, Request)
         revoke(keys, "worker-0")

@@ -155,8 +155,8 @@ def ask(server: Server, num_workers: int, deadline_s: float = 5.0) -> Asked:
     return server.ask(dict.fromkeys(range(num_workers), command), name="release of a", deadline_s=deadline_s)
 
 
-def submit(server: Server, rank: int = 0, deadline_s: float = 5.0, lane: Lane = Lane.COMPUTE) -> asyncio.Future[Answer]:
-    return server.submit(rank, Release(ids=("a",)), name="release of a", deadline_s=deadline_s, lane=lane)
+def submit(server: Server, rank: int = 0, deadline_s: float = 5.0, lane: Lane = Lane.COMPUTE) -> Asked:
+    return server.ask({rank: Release(ids=("a",))}, name="release of a", deadline_s=deadline_s, lane=lane)
 
 
 # -- registration -----------------------------------------------------------------------------------------------------
@@ -248,14 +248,14 @@ def test_a_request_is_answered(tmp_path: Path):
     async def scenario(server: Server, connect: Connect) -> None:
         worker = await welcomed(server, connect)
         hook = Save(model="actor", directory="d")
-        future = server.submit(0, HostStore(), name="x", deadline_s=5, lane=Lane.TRANSFER, post_hooks=(hook,))
+        future = server.ask({0: HostStore()}, name="x", deadline_s=5, lane=Lane.TRANSFER, post_hooks=(hook,))
         request = await worker.receive()
         assert isinstance(request, Request)
         assert (request.run, request.epoch, request.lane) == (RUN, EPOCH, Lane.TRANSFER)
         assert (request.command, request.pre_hooks, request.post_hooks) == (HostStore(), (), (hook,))
         success = Success(result=ModelLoaded(num_parameters=3), files=(ShardFile(file="f"),))
         await worker.answer(request, success)
-        assert await future == Answer(success, {"release": 0.5})
+        assert await future == {0: Answer(success, {"release": 0.5})}
 
     with_server(tmp_path, scenario)
 
@@ -268,7 +268,7 @@ def test_requests_arrive_in_order_and_may_be_answered_in_any(tmp_path: Path):
         assert [request.id for request in requests] == sorted(request.id for request in requests)
         for request in reversed(requests):
             await worker.answer(request, Success(result=ModelLoaded(num_parameters=request.id)))
-        answers = [(await future).success.result.num_parameters for future in futures]
+        answers = [(await future)[0].success.result.num_parameters for future in futures]
         assert answers == [request.id for request in requests]
 
     with_server(tmp_path, scenario)
@@ -321,7 +321,7 @@ def test_replies_of_other_lives_and_requests_are_dropped(tmp_path: Path):
             await worker.answer(request, wrong, **changes)
         await worker.answer(request, Success(result=Done()))
         await worker.answer(request, wrong)
-        assert (await future).success.result == Done()
+        assert (await future)[0].success.result == Done()
 
     with_server(tmp_path, scenario)
 
@@ -337,7 +337,7 @@ def test_a_request_over_its_deadline_is_named_and_its_late_reply_dropped(tmp_pat
         await worker.answer(await worker.receive(), Success(result=Done()))
         after = submit(server)
         await worker.answer(await worker.receive(), Success(result=ModelLoaded(num_parameters=2)))
-        assert (await after).success.result == ModelLoaded(num_parameters=2)
+        assert (await after)[0].success.result == ModelLoaded(num_parameters=2)
 
     with_server(tmp_path, scenario)
 
@@ -730,7 +730,7 @@ def test_a_repeated_reply_counts_once(tmp_path: Path):
         ]
         for frames in (replies[1], replies[1], replies[0], replies[0]):  # out of order too
             await worker.socket.send_multipart(frames)
-        assert [(await future).success.result.num_parameters for future in futures] == ids
+        assert [(await future)[0].success.result.num_parameters for future in futures] == ids
 
     with_server(tmp_path, scenario)
 
@@ -815,7 +815,10 @@ def test_after_a_loss_the_others_go_on_in_a_new_epoch(tmp_path: Path):
         futures = [submit(server, rank=0), submit(server, rank=1)]
         for worker in (stays, comes):
             await worker.answer(await worker.receive(), Success(result=Done()), epoch=EPOCH + 1)
-        assert [answer.success.result for answer in await asyncio.gather(*futures)] == [Done(), Done()]
+        assert [answer.success.result for answers in await asyncio.gather(*futures) for answer in answers.values()] == [
+            Done(),
+            Done(),
+        ]
 
     with_server(tmp_path, scenario, num_workers=2)
 

@@ -94,7 +94,7 @@ class KeyColumn:
         return self._with(self.lengths[np.repeat(starts, counts) + within], counts)
 
     def cut(self, ends: Sequence[int]) -> list[KeyColumn]:
-        """Parts, one after the other: where each ends."""
+        """Parts, one after the other: where each ends. They share the memory of their lengths."""
         pairs = list(pairwise([0, *ends]))
         if self.counts is None:
             return [self._with(self.lengths[start:end]) for start, end in pairs]
@@ -167,8 +167,9 @@ class Samples:
         return [self.select(group) for group in groups]
 
     def cut(self, sizes: Sequence[int]) -> list[Samples]:
-        """Parts of these sizes, one after the other."""
+        """Parts of these sizes, one after the other. They share the memory of their lengths."""
         ends = list(accumulate(sizes))
+        assert ends[-1:] in ([], [len(self)]), f"parts of {sizes} samples are all of {len(self)}"
         columns = {name: column.cut(ends) for name, column in self.keys.items()}
         return [
             unchecked(Samples, ids=self.ids[start:end], keys={name: parts[at] for name, parts in columns.items()})

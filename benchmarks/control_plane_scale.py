@@ -11,10 +11,10 @@ core.
 
 `master_share`   the processor time that the master takes of ten seconds with one step in them, as a part of one core:
                  that of its event loop's thread, the first column of the table below, over 10: executor, buffer,
-                 planner, codec, what is said to sockets, and all Python there is. It limits how many workers a master
-                 can have: it has one such thread
-`process_share`  the same of all threads of the master, all four figures: what ZeroMQ's own threads do for the sockets,
-                 on whatever cores there are, is in it. On one core, as here, that is all that the master takes
+                 planner, codec, what is said to sockets, and all Python there is
+`process_share`  the same of all threads of the master, all four figures: what ZeroMQ's own do for the connections is in
+                 it. Where they have no other core, it is this that limits the master. Before 2026-11-22 this was called
+                 `master_share`, and the other `loop_share`
 
                                       the event loop's thread        ZeroMQ's own threads
     a step, without heartbeats        `step_loop_s`                  `step_zeromq_s`

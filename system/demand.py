@@ -283,10 +283,16 @@ def split(codes: Codes, base: int) -> tuple[Codes, Codes]:
 def _refuse(shares: list[_Share], storage: Storage) -> NoReturn:
     """Names what the first worker lacks first."""
     for share in shares:
-        for sequence in share.samples.ids:
-            for key in share.keys:
-                if key not in share.samples.keys or not storage.holders(sequence, key):
-                    raise RunError(
-                        f"no worker holds key {key} of sequence {sequence}, which worker {share.ranks[0]} needs"
-                    )
+        rows = storage.rows(share.samples.ids)
+        lacking = [
+            (int(at), place)
+            for place, key in enumerate(share.keys)
+            for at in np.flatnonzero((storage.look_up(key, rows)[0] == 0) | (key not in share.samples.keys))[:1]
+        ]
+        if lacking:
+            at, place = min(lacking)
+            raise RunError(
+                f"no worker holds key {share.keys[place]} of sequence {share.samples.ids[at]}, which worker "
+                f"{share.ranks[0]} needs"
+            )
     raise AssertionError("something is missing")

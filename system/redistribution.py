@@ -4,7 +4,8 @@
 
 A worker receives what it needs and does not hold, once, and no more; what a host lacks enters it once; nobody has much
 more to send than others, also where one worker holds everything. Each worker is told of its own parcels only. The plan
-depends on ranks, hosts, needs and holders, not on the order in which they are given or came to be.
+depends on ranks, hosts, needs and holders, not on the order in which they are given or came to be; but for who of
+several holders sends, which turns on what else is looked at.
 """
 
 from __future__ import annotations

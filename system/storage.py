@@ -26,7 +26,7 @@ NO_ROW = -1
 
 
 class Storage:
-    """Holders by sequence and key. What it answers does not depend on the order in which they came to hold it."""
+    """Holders by sequence and key. Who they are does not depend on the order in which they came to hold it."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
@@ -64,7 +64,8 @@ class Storage:
         return known
 
     def held_together(self, rank: int, sequences: tuple[str, ...]) -> set[str]:
-        """Keys of just these sequences that the worker came to hold all at once, since the last release."""
+        """Keys of just these sequences that the worker came to hold all at once, since the last release: what is known
+        without a look at each. It holds others too, perhaps."""
         self._take_in()
         held = self._together.get(rank, ())
         rows = self._known.get(sequences) if held else None
@@ -117,7 +118,7 @@ class Storage:
         if not self._added:
             return
         rows: dict[int, Numbers] = {}
-        """By the identity of who is looked up."""
+        """By the `id` of a tuple of sequences."""
         alike: dict[tuple[str, ...], list[tuple[int, Numbers]]] = {}
         """Ranks and rows, by the keys that they hold."""
         for rank, samples in self._added:

@@ -178,13 +178,20 @@ class Worker:
                     else:
                         self._reply(request, success, seconds)
             except Exception as error:
-                if request.is_silent:
-                    raise
                 logger.exception("%s failed", request.command.type)
                 self._reply(request, _failure(error), seconds)
 
     def _reply(self, request: Request, outcome: Success | Failure, seconds: dict[str, float]) -> None:
-        self._client.reply(Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds=seconds))
+        self._client.reply(
+            Reply(
+                run=request.run,
+                epoch=request.epoch,
+                id=request.id,
+                outcome=outcome,
+                seconds=seconds,
+                is_unasked=request.is_silent,
+            )
+        )
 
     def _execute(self, request: Request, seconds: dict[str, float]) -> Success:
         handlers = self._ready(request.epoch)

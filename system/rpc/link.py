@@ -26,7 +26,7 @@ RESEND_S = 1.5
 """Until a message is sent again for the first time: longer than the heartbeats that bring acknowledgements."""
 MAX_RESEND_S = 12.0
 _CLOCK_SAMPLES = 256
-"""Four minutes of pings."""
+"""Four minutes of pings, or more with many workers."""
 B = TypeVar("B")
 
 

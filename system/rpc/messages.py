@@ -4,7 +4,7 @@
       | -- Register ------------> |      who I am, what I would run
       | <------------ Welcome --- |      your rank, this run's epoch      (or Refuse)
       | <------------ Request --- |      a command with hooks, on a lane
-      | -- Reply ---------------> |      a result, or an error with its traceback; none to a silent request
+      | -- Reply ---------------> |      a result, or an error with its traceback; to a silent request an error alone
       | <------------- Cancel --- |      nobody waits for that request any more
       | <--------------- Ping --- |      every second, or more seldom with many workers
       | -- Heartbeat -----------> |      at once, if the interpreter lets it; by itself where no ping comes
@@ -119,6 +119,8 @@ class Reply:
     outcome: Annotated[Success | Failure, Field(discriminator="type")]
     seconds: dict[str, NonNegativeFloat]
     """How long the command and each kind of hook took, by their type."""
+    is_unasked: bool = False
+    """Whether it is a failure at a silent request."""
 
 
 @record
@@ -166,7 +168,7 @@ class Request:
     pre_hooks: tuple[Hook, ...] = ()
     post_hooks: tuple[Hook, ...] = ()
     is_silent: bool = False
-    """Whether nobody waits for a reply. There is none, and a worker that fails at it ends."""
+    """Whether nobody waits for a reply: there is none but a failure."""
 
 
 @record

@@ -26,8 +26,9 @@ RECONNECT_S = 0.3
 class Outgoing:
     """Made on the event loop."""
 
-    def __init__(self, port: Port, epoch: int, lose: Callable[[Peer, Loss], None]) -> None:
-        self._port, self.epoch, self._lose = port, epoch, lose
+    def __init__(self, port: Port, epoch: int, lose: Callable[[Peer, Loss], None], heartbeat_s: float) -> None:
+        """`heartbeat_s`: between two of a worker's heartbeats."""
+        self._port, self.epoch, self._lose, self._heartbeat_s = port, epoch, lose, heartbeat_s
         self._loop = asyncio.get_running_loop()
         self._ping = codec.encode_body(Ping())
 
@@ -66,7 +67,7 @@ class Outgoing:
 
     def _lose_gone(self, peer: Peer) -> None:
         silent_s = self._loop.time() - peer.last_heard_s
-        if peer.welcome is not None and silent_s > self._port.noticed_s:
+        if peer.welcome is not None and silent_s > max(self._port.noticed_s, self._heartbeat_s + 2 * RECONNECT_S):
             self._lose(peer, silent(silent_s))
         else:
             self._lose(peer, CLOSED)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import select
 import sys
+from collections import deque
 from collections.abc import Callable
 
 import zmq
@@ -26,7 +26,8 @@ _CONNECTIONS_PER_THREAD = 512
 _CLOSED_ADDRESS = "inproc://closed"
 _CROWD, _PAUSE_S = 128, 0.003
 """So many connections have their messages gathered for that long: a turn of the event loop for each costs as much as
-what is in it, and three thousandths of a second are little beside a step of so many workers."""
+what is in it, and three thousandths of a second are little beside a step of so many workers. What has come when
+something is said is passed on at once."""
 _DRAINED_AT_ONCE = 1000
 """Messages, however many more may wait."""
 _Received = tuple[bytes, list[framing.Frame], Holder | None]
@@ -51,9 +52,6 @@ class Port:
         self.noticed_s = silence_s * _PONG_SHARE
         """How long a silence is when ZeroMQ closes a connection for it, at least."""
         self._context = zmq.Context(io_threads(num_connections))
-        is_crowd = num_connections >= _CROWD and sys.platform == "linux"
-        if is_crowd:
-            self._context.set(zmq.THREAD_SCHED_POLICY, os.SCHED_BATCH)  # not to interrupt the loop at each message
         self._gate = None if keys is None else Gate(self._context, keys)
         self._closed: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
         """Tells of connections that have closed, where there is no gate that does."""
@@ -62,7 +60,9 @@ class Port:
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._is_open, self._is_drain_due = True, False
         self._descriptor = int(self._router.fileno())
-        self._crowd = select.epoll() if is_crowd else None
+        self._received: deque[_Received] = deque()
+        """And not passed on yet."""
+        self._crowd = select.epoll() if num_connections >= _CROWD and sys.platform == "linux" else None
         """Stands between the socket's descriptor and the loop, whose own ways to look away take long."""
 
     def _bound(self, address: str, silence_s: float) -> zmq.Socket[bytes]:
@@ -155,15 +155,17 @@ class Port:
     def drain(self) -> None:
         """Passes on what has arrived. All is received first: to do one thing often is faster than two by turns."""
         self._is_drain_due = False
-        received = []
         while self._is_open and int(self._router.getsockopt(_EVENTS)) & _READABLE:  # cheaper than to fail
-            received.append(self._receive())
-            if len(received) == _DRAINED_AT_ONCE:
+            self._received.append(self._receive())
+            if len(self._received) >= _DRAINED_AT_ONCE:
                 self._drain_soon()  # others on the loop have their turn
                 break
-        for each in received:
-            if self._is_open:
-                self._take(*each)
+        try:
+            while self._received and self._is_open:
+                self._take(*self._received.popleft())
+        finally:
+            if self._received and self._is_open:  # one of them was a mistake of ours
+                self._drain_soon()
 
     def _awake(self) -> None:
         """The descriptor says that there is something: a message, almost always. Who waits for it comes before more."""

@@ -34,6 +34,7 @@ from .link import ACKNOWLEDGED, Link
 from .messages import (
     HEARTBEAT_S,
     Cancel,
+    Failure,
     Heartbeat,
     Lane,
     Message,
@@ -46,7 +47,7 @@ from .messages import (
     seldomness,
 )
 from .outgoing import Outgoing
-from .peer import REVOKED, Asked, Loss, Peer, Roster, unreadable
+from .peer import REVOKED, Asked, Loss, Peer, Roster, raised, unreadable
 from .port import Port
 
 logger = logging.getLogger(__name__)
@@ -93,9 +94,11 @@ class Server:
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Any] = _quiet(self._loop)  # Any: it never has a result
-        """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not."""
+        """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not; or
+        with what a worker raised that was told something."""
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
-        self._outgoing = Outgoing(self._port, self.epoch, self._lose)
+        heartbeat_s = HEARTBEAT_S * self._seldomness
+        self._outgoing = Outgoing(self._port, self.epoch, self._lose, heartbeat_s)
         self._timer = self._loop.call_later(HEARTBEAT_S / _TICKS, self._tick)
         self._port.open(self._received, self._dropped)
         return self
@@ -207,7 +210,7 @@ class Server:
         return asked
 
     def tell(self, commands: Mapping[int, Command], deadline_s: float, lane: Lane) -> None:
-        """Has workers do, in its turn on the lane, what they cannot fail at: nobody waits for them to say so."""
+        """Has workers do something, in its turn on the lane. They say nothing but that they failed: see `lost`."""
         self._post(commands, self._loop.time(), deadline_s, lane, is_silent=True)
 
     def _post(
@@ -310,7 +313,10 @@ class Server:
             peer.heard(self._loop.time())
             match message:
                 case Reply() if (message.run, message.epoch) == (self.run, self.epoch):
-                    peer.settle(message)
+                    if message.is_unasked:
+                        self._fail(peer, message)
+                    else:
+                        peer.settle(message)
                 case Heartbeat():
                     peer.executing = message.executing
                 case _:
@@ -362,8 +368,16 @@ class Server:
         for peer in peers[self._num_ticks % self._seldomness :: self._seldomness]:
             if peer.link.is_due(now_s):
                 self._outgoing.flush(peer)
+        for peer in peers:
             if peer.holder is not None and not self._port.is_allowed(peer.holder):
                 self._lose(peer, REVOKED)
+
+    def _fail(self, peer: Peer, reply: Reply) -> None:
+        """A worker could not do what it was told."""
+        if isinstance(reply.outcome, Failure) and not self.lost.done():
+            error = raised(f"{', '.join(reply.seconds)} on {peer}", reply.outcome)
+            logger.error("%s", error)
+            self.lost.set_exception(error)
 
     def _lose(self, peer: Peer, loss: Loss) -> None:
         if not self.roster.expel(peer):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainmaster.api.batch import KeyColumn, Samples
-from trainmaster.system.storage import Storage
+from trainmaster.system.storage import NO_ROW, Storage
 
 
 def samples(*ids: str, keys: tuple[str, ...] = ("tokens",)) -> Samples:
@@ -89,6 +89,9 @@ def test_what_came_together_is_known_until_something_is_released():
     assert storage.held_together(2, ("b", "a")) == storage.held_together(0, ("a", "b")) == set()
     storage.release(["a"])
     assert storage.held_together(2, ("a", "b")) == set()
+    storage.add(3, samples("c"))  # in the row that was a's
+    assert storage.rows(("a", "b")).tolist() == [NO_ROW, *storage.rows(("b",)).tolist()]
+    assert [storage.holders(each, "tokens") for each in "abc"] == [(), (1, 2), (3,)]
 
 
 RANKS, NAMES, KEYS = st.integers(0, 3), st.sampled_from("abcd"), st.sampled_from(("tokens", "mask"))

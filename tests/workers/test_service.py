@@ -8,7 +8,6 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -40,8 +39,7 @@ from trainmaster.system.rpc.commands import (
     Reshard,
     Save,
 )
-from trainmaster.system.rpc.messages import Lane, Reply, Request, Success, Welcome
-from trainmaster.workers import service as module
+from trainmaster.system.rpc.messages import Failure, Lane, Reply, Request, Success, Welcome
 from trainmaster.workers.handlers import Handlers
 from trainmaster.workers.memory import Room
 from trainmaster.workers.service import Worker
@@ -284,24 +282,18 @@ def test_what_an_epoch_held_is_let_go_of_before_the_next_is_set_up() -> None:
     assert num_alive == [0, 0]
 
 
-class Ended(BaseException):
-    """In place of the process's end."""
-
-
 class FakeHandlers:
     """Has done nothing but echo."""
 
     num_stored = 0
 
     def execute(self, command: Command, step: int) -> Echoed:
-        assert isinstance(command, Echo), "there is nothing to release"
+        if isinstance(command, Release):
+            raise ValueError("there is nothing to release")
         return Echoed()
 
 
-def test_a_silent_request_has_no_reply_and_who_fails_at_it_ends(monkeypatch: pytest.MonkeyPatch):
-    def end(code: int) -> None:
-        raise Ended(code)
-
+def test_a_silent_request_has_no_reply_but_a_failure():
     def asked(command: Command) -> FakeClient:
         request = Request(
             run="test", epoch=1, id=3, lane=Lane.COMPUTE, deadline_s=60, submitted_s=0, command=command, is_silent=True
@@ -310,9 +302,9 @@ def test_a_silent_request_has_no_reply_and_who_fails_at_it_ends(monkeypatch: pyt
         Worker(client, lambda welcome: FakeHandlers(), FakeAlarm(), Tally(client)).run()  # type: ignore[arg-type, return-value]
         return client
 
-    monkeypatch.setattr(module, "logging", SimpleNamespace(shutdown=lambda: None))
-    monkeypatch.setattr(module, "os", SimpleNamespace(_exit=end))
     client = asked(Echo())
     assert (client.replies, client.finished) == ([], [3])
-    with pytest.raises(Ended):
-        asked(Release(ids=("a",)))
+    (reply,) = asked(Release(ids=("a",))).replies
+    assert isinstance(reply.outcome, Failure)
+    assert (reply.id, reply.is_unasked, reply.outcome.message) == (3, True, "there is nothing to release")
+    assert "release" in reply.seconds

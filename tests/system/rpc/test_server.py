@@ -493,6 +493,10 @@ def test_who_is_told_something_is_not_waited_for(tmp_path: Path):
             assert isinstance(request, Request)
             assert (request.command, request.lane, request.is_silent) == (Release(ids=("a",)), Lane.TRANSFER, True)
         assert server.roster.num_waiting() == {0: 0, 1: 0}
+        failure = Failure(kind="MemoryError", message="no room", traceback="here")
+        await workers[1].answer(request, failure, seconds={"release": 0.1}, is_unasked=True)
+        with pytest.raises(RemoteError, match=r"release on worker 1 .*MemoryError: no room"):
+            await server.lost
 
     with_server(tmp_path, scenario, num_workers=2)
 

@@ -135,7 +135,7 @@ class Client:
                 self._cancelled.discard(request.id)
                 continue
             left_s = request.deadline_s
-            if not request.is_silent:  # which nobody would miss: it is late, and done
+            if not request.is_silent:  # nobody would miss such a one: it is done however late
                 left_s = min(left_s, left_s - clock.age(request.submitted_s, now_s))
             if left_s <= 0:
                 logger.warning("request %d had expired before it could begin", request.id)

@@ -260,3 +260,5 @@ def test_what_expired_on_its_way_is_not_begun(master: Master):
     master.send(replace(request(1), submitted_s=-61.0))
     master.send(replace(request(2), submitted_s=-50.0))
     assert master.reply().id == 2
+    master.send(replace(request(3), submitted_s=-61.0, is_silent=True))
+    assert master.reply().id == 3, "which nobody would miss"

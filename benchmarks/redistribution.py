@@ -178,7 +178,7 @@ def judge(situation: Situation, plan: dict[int, Redistribute]) -> dict[str, floa
         "max_sent_over_mean": float(sent.max() / sent.mean()),
         "largest_payload_bytes": max(payload_bytes(part) for part in plan.values()),
         "parcels_per_worker": statistics.mean(
-            len(part.outgoing.kinds) + len(part.incoming.kinds) for part in plan.values()
+            len(part.outgoing.tables.kinds) + len(part.incoming.tables.kinds) for part in plan.values()
         ),
     }
 

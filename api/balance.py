@@ -37,11 +37,10 @@ def _balance(lengths: Sequence[int], num_groups: int) -> tuple[list[list[int]], 
     groups = [[at] for at in order[:num_groups]]
     heap = [lengths[at] * token + sequence + index for index, at in enumerate(order[:num_groups])]
     heapq.heapify(heap)
-    replace = heapq.heapreplace
     for at in order[num_groups:]:
         lightest = heap[0]
         groups[lightest & group].append(at)
-        replace(heap, lightest + lengths[at] * token + sequence)
+        heapq.heapreplace(heap, lightest + lengths[at] * token + sequence)
     loads = [0] * num_groups
     for each in heap:
         loads[each & group] = each >> 2 * bits

@@ -30,7 +30,7 @@ def _whole(values: Any) -> Whole:
     found = np.asarray(values)
     if found.ndim != 1 or (found.size and found.dtype.kind != "i"):
         raise ValueError("must be a list of whole numbers")
-    if found.size and (found.min() < 0 or (found.dtype != np.int32 and found.max() > MAX_LENGTH)):
+    if found.size and not 0 <= found.min() <= found.max() <= MAX_LENGTH:
         raise ValueError(f"must lie between 0 and {MAX_LENGTH}")
     return found.astype(np.int32, copy=False)
 

@@ -117,16 +117,12 @@ class Storage:
         """What was added. Workers hold the same sequences again and again: these are looked up once."""
         if not self._added:
             return
-        rows: dict[int, Numbers] = {}
-        """By the `id` of a tuple of sequences."""
         alike: dict[tuple[str, ...], list[tuple[int, Numbers]]] = {}
         """Ranks and rows, by the keys that they hold."""
         for rank, samples in self._added:
-            if id(samples.ids) not in rows:
-                rows[id(samples.ids)] = self._numbered(samples.ids)
-            held_rows = rows[id(samples.ids)]
-            self._together.setdefault(rank, []).append((held_rows, samples))
-            alike.setdefault(tuple(samples.keys), []).append((rank, held_rows))
+            rows = self._numbered(samples.ids)
+            self._together.setdefault(rank, []).append((rows, samples))
+            alike.setdefault(tuple(samples.keys), []).append((rank, rows))
         self._added.clear()
         for names, held in alike.items():
             ranks = np.repeat([rank for rank, _ in held], [len(each) for _, each in held])
@@ -136,12 +132,13 @@ class Storage:
 
     def _numbered(self, sequences: tuple[str, ...]) -> Numbers:
         """Rows of sequences that may be new."""
-        if sequences not in self._known:
+        known = self._known.get(sequences)
+        if known is None:
             for identity in sequences:
                 if identity not in self._rows:
                     self._rows[identity] = self._free_rows.pop() if self._free_rows else len(self._rows)
-            self._known[sequences] = np.fromiter(map(self._rows.__getitem__, sequences), np.int64)
-        return self._known[sequences]
+            known = self._known[sequences] = np.fromiter(map(self._rows.__getitem__, sequences), np.int64)
+        return known
 
     def _of_key(self, key: str) -> Numbers:
         if key in self._new:

@@ -172,11 +172,7 @@ class Worker:
         with at(step=request.step, call=_name(request.command)):
             try:
                 with self._alarm.within(left_s), self._tally.executing(request):
-                    success = self._execute(request, seconds)
-                    if request.is_silent:
-                        self._client.finish(request)
-                    else:
-                        self._reply(request, success, seconds)
+                    self._reply(request, self._execute(request, seconds), seconds)
             except Exception as error:
                 logger.exception("%s failed", request.command.type)
                 self._reply(request, _failure(error), seconds)

@@ -41,6 +41,7 @@ from .messages import (
     Reply,
     Request,
     Shutdown,
+    Success,
     Welcome,
     seldomness,
 )
@@ -134,10 +135,9 @@ class Client:
             if request.id in self._cancelled:
                 self._cancelled.discard(request.id)
                 continue
-            left_s = request.deadline_s
-            if not request.is_silent:  # nobody would miss such a one: it is done however late
-                left_s = min(left_s, left_s - clock.age(request.submitted_s, now_s))
-            if left_s <= 0:
+            age_s = 0.0 if request.is_silent else clock.age(request.submitted_s, now_s)
+            left_s = request.deadline_s - max(0.0, age_s)
+            if left_s <= 0:  # never of a silent one: nobody would miss it
                 logger.warning("request %d had expired before it could begin", request.id)
                 continue
             self._executing[request.id] = now_s
@@ -145,9 +145,14 @@ class Client:
         return None
 
     def reply(self, reply: Reply) -> None:
-        """Sends it, now or as soon as it can be. Safe from any thread. Raises `ProtocolError` if it is too large."""
+        """Sends it, now or as soon as it can be: a success only to who asked. Safe from any thread.
+
+        Raises `ProtocolError` if it is too large.
+        """
         body = codec.encode_body(reply)
         self._executing.pop(reply.id, None)
+        if reply.is_unasked and isinstance(reply.outcome, Success):
+            return
         with self._turn:
             if self.current is not None and reply.epoch == self.current.epoch:
                 self._link.post(body)
@@ -155,10 +160,6 @@ class Client:
             is_readable = self._dealer.is_readable
         if is_readable:
             self._dealer.wake()
-
-    def finish(self, request: Request) -> None:
-        """A silent one is executed."""
-        self._executing.pop(request.id, None)
 
     @property
     def is_connected(self) -> bool:

@@ -94,8 +94,7 @@ class Link(Generic[B]):
             self._num_sent += 1
             body = self._waiting.popleft()
             self._unacknowledged[self._num_sent] = _Sent(body, now_s + self._resend_s, self._resend_s)
-            if self._again_s > now_s + self._resend_s:
-                self._again_s = now_s + self._resend_s
+            self._again_s = min(self._again_s, now_s + self._resend_s)
             due.append((self._num_sent, body))
         return due
 

@@ -120,7 +120,7 @@ class Reply:
     seconds: dict[str, NonNegativeFloat]
     """How long the command and each kind of hook took, by their type."""
     is_unasked: bool = False
-    """Whether it is a failure at a silent request."""
+    """Whether the request was silent: then only a failure is sent."""
 
 
 @record

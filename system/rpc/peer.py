@@ -245,11 +245,15 @@ class Peer:
             f" during {names}" if names else "",
         )
 
-    def settle(self, reply: Reply) -> None:
-        """Passes an answer on to whoever waits for it."""
+    def settle(self, reply: Reply) -> Exception | None:
+        """Passes an answer on to whoever waits for it. Returns the error of a request that nobody waits for."""
+        if reply.is_unasked and isinstance(reply.outcome, Failure):
+            error = raised(f"{', '.join(reply.seconds)} on {self}", reply.outcome)
+            logger.error("%s", error)
+            return error
         asked = self.pending.get(reply.id)
         if asked is None:  # the caller gave up on it
-            return
+            return None
         assert self.rank is not None, "who was asked has a rank"
         match reply.outcome:
             case Success() as success:
@@ -261,6 +265,7 @@ class Peer:
                         logger.error("the first error of %s: %s", self, error)
                 self.has_failed = True
                 asked.fail(self.rank, error)
+        return None
 
     def drop(self, error: RunError) -> None:
         """Waits for no reply any longer: all fail with the error."""

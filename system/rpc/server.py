@@ -34,7 +34,6 @@ from .link import ACKNOWLEDGED, Link
 from .messages import (
     HEARTBEAT_S,
     Cancel,
-    Failure,
     Heartbeat,
     Lane,
     Message,
@@ -47,7 +46,7 @@ from .messages import (
     seldomness,
 )
 from .outgoing import Outgoing
-from .peer import REVOKED, Asked, Loss, Peer, Roster, raised, unreadable
+from .peer import REVOKED, Asked, Loss, Peer, Roster, unreadable
 from .port import Port
 
 logger = logging.getLogger(__name__)
@@ -97,8 +96,7 @@ class Server:
         """Fails with `WorkerLost` or `DeadlineExceeded` at the first loss of a worker, asked for something or not; or
         with what a worker raised that was told something."""
         self._all_registered, self._arrived = asyncio.Event(), asyncio.Event()
-        heartbeat_s = HEARTBEAT_S * self._seldomness
-        self._outgoing = Outgoing(self._port, self.epoch, self._lose, heartbeat_s)
+        self._outgoing = Outgoing(self._port, self.epoch, self._lose, HEARTBEAT_S * self._seldomness)
         self._timer = self._loop.call_later(HEARTBEAT_S / _TICKS, self._tick)
         self._port.open(self._received, self._dropped)
         return self
@@ -204,44 +202,30 @@ class Server:
             if len(peer.pending) >= MAX_PENDING:
                 raise RunError(f"{peer} has {MAX_PENDING} requests that wait for replies, and {name} would be one more")
         start_s = self._loop.time()
-        identity = self._post(commands, start_s, deadline_s, lane, step, pre_hooks, post_hooks)
+        identity = self._post(
+            commands,
+            submitted_s=start_s,
+            deadline_s=deadline_s,
+            lane=lane,
+            step=step,
+            pre_hooks=pre_hooks,
+            post_hooks=post_hooks,
+        )
         asked = Asked(self._loop, identity, name, step, start_s, deadline_s, self._cancel)  # while it travels
         asked.wait_for(peers, _LATE_GRACE_S)
         return asked
 
     def tell(self, commands: Mapping[int, Command], deadline_s: float, lane: Lane) -> None:
         """Has workers do something, in its turn on the lane. They say nothing but that they failed: see `lost`."""
-        self._post(commands, self._loop.time(), deadline_s, lane, is_silent=True)
+        self._post(commands, submitted_s=self._loop.time(), deadline_s=deadline_s, lane=lane, is_silent=True)
 
-    def _post(
-        self,
-        commands: Mapping[int, Command],
-        start_s: float,
-        deadline_s: float,
-        lane: Lane,
-        step: int = 0,
-        pre_hooks: tuple[Hook, ...] = (),
-        post_hooks: tuple[Hook, ...] = (),
-        is_silent: bool = False,
-    ) -> int:
+    def _post(self, commands: Mapping[int, Command], **terms: Any) -> int:  # Any: the other fields of `Request`
         """Returns the number by which workers know the request."""
         self._num_requests += 1
         last: Command | None = None
         for rank, command in commands.items():
             if command is not last:
-                request = Request(
-                    run=self.run,
-                    epoch=self.epoch,
-                    id=self._num_requests,
-                    lane=lane,
-                    deadline_s=deadline_s,
-                    submitted_s=start_s,
-                    step=step,
-                    command=command,
-                    pre_hooks=pre_hooks,
-                    post_hooks=post_hooks,
-                    is_silent=is_silent,
-                )
+                request = Request(run=self.run, epoch=self.epoch, id=self._num_requests, command=command, **terms)
                 last, body = command, codec.encode_body(request)
             peer = self.roster.by_rank[rank]
             if peer.lost is None:
@@ -313,10 +297,9 @@ class Server:
             peer.heard(self._loop.time())
             match message:
                 case Reply() if (message.run, message.epoch) == (self.run, self.epoch):
-                    if message.is_unasked:
-                        self._fail(peer, message)
-                    else:
-                        peer.settle(message)
+                    error = peer.settle(message)
+                    if error is not None and not self.lost.done():
+                        self.lost.set_exception(error)
                 case Heartbeat():
                     peer.executing = message.executing
                 case _:
@@ -371,13 +354,6 @@ class Server:
         for peer in peers:
             if peer.holder is not None and not self._port.is_allowed(peer.holder):
                 self._lose(peer, REVOKED)
-
-    def _fail(self, peer: Peer, reply: Reply) -> None:
-        """A worker could not do what it was told."""
-        if isinstance(reply.outcome, Failure) and not self.lost.done():
-            error = raised(f"{', '.join(reply.seconds)} on {peer}", reply.outcome)
-            logger.error("%s", error)
-            self.lost.set_exception(error)
 
     def _lose(self, peer: Peer, loss: Loss) -> None:
         if not self.roster.expel(peer):

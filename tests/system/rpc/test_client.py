@@ -31,7 +31,7 @@ import sys, threading
 from trainmaster.api.errors import TrainmasterError
 from trainmaster.system.rpc import client as module
 from trainmaster.system.rpc.commands import Done
-from trainmaster.system.rpc.messages import Lane, Register, Reply, Success
+from trainmaster.system.rpc.messages import Failure, Lane, Register, Reply, Success
 
 module.HEARTBEAT_S = 0.05
 address, behaviour = sys.argv[1:]
@@ -50,8 +50,13 @@ order = (Lane.TRANSFER, Lane.COMPUTE) if behaviour == "transfer first" else (Lan
 for lane in order:
     while (asked := client.next_request(lane)) is not None:
         request, _ = asked
-        outcome = Success(result=Done())
-        client.reply(Reply(run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds={}))
+        outcome = Success(result=Done()) if request.id < 90 else Failure(kind="K", message="m", traceback="t")
+        client.reply(
+            Reply(
+                run=request.run, epoch=request.epoch, id=request.id, outcome=outcome, seconds={},
+                is_unasked=request.is_silent,
+            )
+        )
         if behaviour == "transfer first":
             break
 while behaviour == "transfer first" and client.next_request(Lane.COMPUTE) is not None:
@@ -260,5 +265,13 @@ def test_what_expired_on_its_way_is_not_begun(master: Master):
     master.send(replace(request(1), submitted_s=-61.0))
     master.send(replace(request(2), submitted_s=-50.0))
     assert master.reply().id == 2
-    master.send(replace(request(3), submitted_s=-61.0, is_silent=True))
-    assert master.reply().id == 3, "which nobody would miss"
+
+
+def test_a_silent_request_is_begun_however_late_and_only_its_failure_is_told(master: Master):
+    master.start()
+    master.send(WELCOME)
+    master.send(Ping())
+    master.send(replace(request(1), is_silent=True))
+    master.send(replace(request(91), submitted_s=-61.0, is_silent=True))
+    reply = master.reply()
+    assert (reply.id, reply.is_unasked) == (91, True)
